@@ -1,0 +1,353 @@
+"""READForCausalLM: LLaVA-1.5 reasons, SasP points, SAM draws.
+
+    forward()           teacher-forced: training losses and answer-forced evaluation
+    generate_segments() the model writes its own answer, with the KV cache
+    _segment()          what both share: [SEG] states -> similarity -> points -> masks
+
+Legend: B pictures · N questions · T tokens (image tokens expanded) · P image tokens · D hidden width · C = 256 SAM width
+· M [SEG] tokens · K points · (H, W) pixels of the original picture · S side of SAM's square.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from . import checkpoint, llava, losses, sam, sasp
+from .config import READConfig
+
+@dataclasses.dataclass
+class Segments:
+    """What the model segmented: one entry a `[SEG]`, M in all, ordered by question, then by place in the answer."""
+
+    question: torch.Tensor
+    """(M,) int64, row of the batch."""
+    image: torch.Tensor
+    """(M,) int64, picture of that row."""
+    similarity: torch.Tensor
+    """(M, P) similarity of the [SEG] state with the image tokens, dtype of the model."""
+    points: list[torch.Tensor]
+    """M tensors (K, 2) float32, (x, y) in pixels of the original picture; (0, 2) with SasP off."""
+    point_labels: list[torch.Tensor]
+    """M tensors (K,) int64: 1, 0 or -1."""
+    mask_logits: list[torch.Tensor]
+    """M tensors (H, W) float32, pixels of the original picture; mask = logits > 0."""
+    scores: torch.Tensor
+    """(M,) SAM's own estimate of the mask's IoU."""
+
+    def __len__(self) -> int:
+        return len(self.mask_logits)
+
+    def of_question(self, row: int) -> list[int]:
+        """Indices of the entries of one question, in the order of its [SEG] tokens."""
+        return (self.question == row).nonzero().flatten().tolist()
+
+
+@dataclasses.dataclass
+class READOutput(ModelOutput):
+    """Result of `READForCausalLM.forward`; the losses are float32 scalars, None where no labels were given."""
+
+    loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    bce_loss: torch.Tensor | None = None
+    dice_loss: torch.Tensor | None = None
+    sim_loss: torch.Tensor | None = None
+    segments: Segments | None = None
+
+
+@dataclasses.dataclass
+class READGeneration:
+    """Result of `READForCausalLM.generate_segments`."""
+
+    answer_ids: list[list[int]]
+    """N answers, up to and including the end token where there is one."""
+    segments: Segments
+    """Of the [SEG] tokens in the answers (a question may have none, one or many)."""
+    forced: list[bool]
+    """N: the answer held no [SEG] and one was asked for all the same."""
+    step_logits: list[torch.Tensor] | None = None
+    """One (N, vocabulary) tensor a generated token, if asked for."""
+
+
+class READForCausalLM(PreTrainedModel):
+    """LLaVA-1.5 and SAM joined by the projected `[SEG]` state and by SasP's points."""
+
+    config_class = READConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: READConfig, attn_implementation: str | None = None) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.llava = llava.build_llava(config.llava, attn_implementation)
+        self.sam = sam.build_sam(config.sam)
+        self.text_hidden_fcs = nn.ModuleList(
+            [nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.sam.out_dim), nn.Dropout(0.0))]
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> READForCausalLM:
+        """A model in evaluation mode from a folder or hub id, of ours or in the released layout of READ, SESAME, LLaVA.
+
+        See `model.checkpoint.load` for the keyword arguments and the errors.
+        """
+        return checkpoint.load(cls, path, **kwargs)
+
+    def save_pretrained(self, folder: str | Path, layout: str = "read", **kwargs: Any) -> None:
+        """Writes weights and config; `layout` is `read` (complete) or `released` (the original's). See `model.checkpoint`."""
+        checkpoint.save(self, folder, layout=layout, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llava.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llava.get_output_embeddings()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Recomputes the language model's activations in the backward pass."""
+        self.llava.enable_input_require_grads()
+        self.llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    # -------------------------------------------------------------------------------------------- teacher-forced
+
+    def forward(
+        self,
+        clip_images: torch.Tensor,
+        sam_images: torch.Tensor,
+        sam_sizes: list[tuple[int, int]],
+        original_sizes: list[tuple[int, int]],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_of_question: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        masks: list[torch.Tensor] | None = None,
+        compat: str = "correct",
+    ) -> READOutput:
+        """Masks of every `[SEG]` in given conversations, and the loss if `labels` (N, T) and `masks` are given.
+
+        Args:
+            clip_images: (B, 3, s, s), CLIP's normalised centre crop.
+            sam_images: (B, 3, S, S), SAM's normalised, resized and zero-padded square.
+            sam_sizes: B pairs (h, w), the part of the square that is picture.
+            original_sizes: B pairs (H, W), pixels of the original picture.
+            input_ids: (N, T) int64, the image expanded into P slots.
+            attention_mask: (N, T) bool. image_of_question: (N,) int64 in [0, B).
+            labels: (N, T) int64, -100 where unsupervised.
+            masks: M tensors (H, W), one a `[SEG]` in the order of the tokens; 1 object, 0 rest, 255 ignored.
+            compat: `released` reproduces the original's treatment of left-padded rows (see `_released_mask`).
+
+        Raises:
+            ValueError: as many masks as `[SEG]` tokens are needed; every `[SEG]` needs a picture.
+        """
+        features = llava.image_features(self.llava, clip_images.to(self.dtype))
+        embeddings = llava.embed_inputs(self.llava, input_ids, features, image_of_question)
+        if compat == "released":
+            attention_mask = self._released_mask(attention_mask)
+        hidden = self.llava.model.language_model(
+            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        question, position = llava.seg_positions(input_ids, self.config.seg_token_id)
+        segments = self._segment(
+            hidden, input_ids, question, position, sam_images, sam_sizes, original_sizes, image_of_question,
+            released_rows=compat == "released",
+        )  # fmt: skip
+        output = READOutput(segments=segments)
+        if labels is None:
+            return output
+        weights = self.config.loss
+        output.ce_loss = losses.answer_loss(hidden, labels, self.llava.lm_head)
+        output.bce_loss, output.dice_loss = losses.mask_losses(segments.mask_logits, masks)
+        output.loss = weights.ce * output.ce_loss + weights.bce * output.bce_loss + weights.dice * output.dice_loss
+        if weights.sim:
+            output.sim_loss = losses.similarity_loss(
+                segments.similarity, masks, self.config.hidden_size, self.config.clip_image_size
+            )
+            output.loss = output.loss + weights.sim * output.sim_loss
+        if len(segments) == 0:
+            output.loss = output.loss + self._no_mask_gradient()
+        return output
+
+    def _no_mask_gradient(self) -> torch.Tensor:
+        """A zero that gives every trainable tensor of the mask branch a gradient of zeros.
+
+        In a batch without [SEG] they would get none, and ranks that disagree on who has a gradient wait for each other.
+        """
+        branch = [*self.text_hidden_fcs.parameters(), *self.sam.parameters()]
+        return sum((p.sum() * 0 for p in branch if p.requires_grad), start=torch.zeros((), device=self.device))
+
+    # -------------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate_segments(
+        self,
+        clip_images: torch.Tensor,
+        sam_images: torch.Tensor,
+        sam_sizes: list[tuple[int, int]],
+        original_sizes: list[tuple[int, int]],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_of_question: torch.Tensor,
+        *,
+        max_new_tokens: int = 512,
+        compat: str = "correct",
+        force_segment: bool = False,
+        output_logits: bool = False,
+        streamer: Any = None,
+    ) -> READGeneration:
+        """Greedy answers to N left-padded prompts, and a mask for every `[SEG]` the model wrote (§5, generative).
+
+        Arguments as in `forward`. The states of `[SEG]` are gathered while decoding with the cache.
+
+        Args:
+            compat: `correct` gives the same as a prompt without padding; `released` reproduces the original's shifted
+                attention mask, which its FP-RefCOCO numbers contain.
+            force_segment: an answer without `[SEG]` gets the mask that a `[SEG]` at its end would have had.
+        """
+        eos = self.llava.config.text_config.eos_token_id
+        features = llava.image_features(self.llava, clip_images.to(self.dtype))
+        embeddings = llava.embed_inputs(self.llava, input_ids, features, image_of_question)
+        extra: dict[str, Any] = {}
+        if compat == "released":
+            attention_mask = self._released_mask(attention_mask)
+            length = torch.arange(input_ids.shape[1], device=input_ids.device)
+            extra["position_ids"] = length.expand(len(input_ids), -1)
+        with llava.gather_hidden_states(self.llava) as states:
+            result = self.llava.generate(
+                inputs_embeds=embeddings,
+                attention_mask=attention_mask.long(),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                eos_token_id=eos,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_logits=output_logits,
+                streamer=streamer,
+                **extra,
+            )
+        answers = result.sequences  # with inputs_embeds only what was generated comes back
+        hidden = torch.cat(states, dim=1)
+        ended = (answers == eos).long().cumsum(dim=1)
+        written = ended - (answers == eos).long() == 0  # up to and including the first end token
+        ids = torch.cat([input_ids, answers.masked_fill(~written, 0)], dim=1)
+        prompt = input_ids.shape[1]
+        question, position = llava.seg_positions(ids, self.config.seg_token_id)
+        of_answer = position >= prompt - 1
+        question, position = question[of_answer], position[of_answer]
+        forced = [False] * len(ids)
+        if force_segment:
+            bare = [n for n in range(len(ids)) if not (question == n).any()]
+            # The state before the end token, that is the one a [SEG] in its place would have been predicted from.
+            ends = [prompt + int(written[n].sum()) - 2 + int(not ended[n, -1]) for n in bare]
+            ends = [min(end, hidden.shape[1] - 1) for end in ends]
+            question = torch.cat([question, question.new_tensor(bare)])
+            position = torch.cat([position, position.new_tensor(ends)])
+            order = question.argsort(stable=True)
+            question, position = question[order], position[order]
+            forced = [n in bare for n in range(len(ids))]
+        segments = self._segment(
+            hidden, ids[:, : hidden.shape[1]], question, position, sam_images, sam_sizes, original_sizes,
+            image_of_question, released_rows=compat == "released",
+        )  # fmt: skip
+        return READGeneration(
+            answer_ids=[row[keep].tolist() for row, keep in zip(answers, written, strict=True)],
+            segments=segments,
+            forced=forced,
+            step_logits=list(result.logits) if output_logits else None,
+        )
+
+    def _released_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The attention mask of the original, (N, T): that of the unexpanded prompt behind P - 1 ones (§1, §8-25).
+
+        With padding on the left it attends to the padding and hides as many image tokens; without, it is the same mask.
+        """
+        patches = self.config.num_patches
+        padding = attention_mask.long().argmax(dim=1)  # rows are False * n, then True
+        padding = padding * (~attention_mask[:, 0]).long()
+        place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        hidden = (place >= patches - 1) & (place < patches - 1 + padding[:, None])
+        right = ~attention_mask & (place >= padding[:, None])
+        return ~(hidden | right)
+
+    # -------------------------------------------------------------------------------------------- shared
+
+    def _segment(
+        self,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor,
+        question: torch.Tensor,
+        position: torch.Tensor,
+        sam_images: torch.Tensor,
+        sam_sizes: list[tuple[int, int]],
+        original_sizes: list[tuple[int, int]],
+        image_of_question: torch.Tensor,
+        released_rows: bool = False,
+    ) -> Segments:
+        """Points and masks of M `[SEG]` states: hidden (N, T, D) at (question (M,), position (M,)). See `forward`."""
+        image = image_of_question[question]
+        seg_states = hidden[question, position]
+        similarity = sasp.similarity(llava.image_states(hidden, input_ids, question, released_rows), seg_states)
+        text = self.text_hidden_fcs[0](seg_states)[:, None]
+
+        count = len(question)
+        mask_logits: list[Any] = [None] * count
+        points: list[Any] = [None] * count
+        labels: list[Any] = [None] * count
+        scores = seg_states.new_zeros(count)
+        for b in image.unique().tolist():  # SAM decodes the masks of one picture together
+            rows = (image == b).nonzero().flatten()
+            logits, found = self._decode_image(
+                self.encode_sam_image(sam_images[b : b + 1])[0],
+                similarity[rows],
+                text[rows],
+                tuple(sam_sizes[b]),
+                tuple(original_sizes[b]),
+            )
+            scores = scores.index_copy(0, rows, logits[1].to(scores.dtype))
+            for i, m in enumerate(rows.tolist()):
+                mask_logits[m], points[m], labels[m] = logits[0][i], found.points[i], found.labels[i]
+        return Segments(question, image, similarity, points, labels, mask_logits, scores)
+
+    def encode_sam_image(self, sam_images: torch.Tensor) -> torch.Tensor:
+        """SAM image embeddings (B, C, h, w) of (B, 3, S, S); without a graph, since the encoder never trains (§3)."""
+        with torch.no_grad():
+            return self.sam.image_encoder(sam_images.to(self.sam.image_encoder.pos_embed.dtype))
+
+    def _decode_image(
+        self,
+        embedding: torch.Tensor,
+        similarity: torch.Tensor,
+        text: torch.Tensor,
+        sam_size: tuple[int, int],
+        original_size: tuple[int, int],
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], sasp.PointPrompts]:
+        """((logits (n, H, W), scores (n,)), points) of the n masks of one picture; embedding (C, h, w)."""
+        config = self.config.sasp
+        if config.enabled:
+            prompts = sasp.select_points(
+                similarity,
+                original_size,
+                num_points=config.num_points,
+                t_pos=config.t_pos,
+                t_neg=config.t_neg,
+                down_sample=config.down_sample,
+                geometry=config.geometry,
+                clip_image_size=self.config.clip_image_size,
+            )
+            place, kind = sam.to_sam_frame(prompts.points, sam_size, original_size), prompts.labels
+        else:
+            nothing = similarity.new_zeros(len(text), 0, 2, dtype=torch.float32)
+            empty = torch.zeros(len(text), 0, dtype=torch.long, device=text.device)
+            prompts = sasp.PointPrompts(nothing, empty, nothing.long())
+            place = kind = None
+        low_res, scores = sam.decode_masks(self.sam, embedding, place, kind, text)
+        logits = sam.upscale_logits(low_res, self.config.sam.image_size, sam_size, original_size)
+        return (logits, scores), prompts

@@ -1,0 +1,158 @@
+"""SAM of the `segment-anything` package, unmodified: built from a config, its encoder, and its decoder prompted READ's way.
+
+READ appends the projected `[SEG]` embedding to the sparse prompt embeddings (protocol §4, step 8 and last paragraph).
+Legend: n masks of one picture · K points · C = 256 channels · S side of SAM's padded square · hw decoder grid.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+from .config import SamConfig
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+def build_sam(config: SamConfig) -> Sam:
+    """A SAM with random weights. The package's own builders fix the sizes to ViT-B/L/H, hence the parts by hand."""
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+            out_chans=config.out_dim,
+            qkv_bias=True,
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=config.window_size,
+            global_attn_indexes=config.global_attn_indexes,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=config.out_dim,
+            image_embedding_size=(config.grid_size, config.grid_size),
+            input_image_size=(config.image_size, config.image_size),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            transformer_dim=config.out_dim,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=config.out_dim, num_heads=8, mlp_dim=2048),
+            num_multimask_outputs=3,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+        ),
+        pixel_mean=list(PIXEL_MEAN),
+        pixel_std=list(PIXEL_STD),
+    )
+
+
+def infer_sam_config(shapes: dict[str, tuple[int, ...]]) -> SamConfig:
+    """The sizes of a SAM from the shapes of its tensors, so that no file needs to say which ViT it holds.
+
+    `shapes` is keyed as in a SAM `.pth` (`image_encoder.…`).
+    """
+    try:
+        _, grid, _, embed_dim = shapes["image_encoder.pos_embed"]
+        patch_size = shapes["image_encoder.patch_embed.proj.weight"][-1]
+        depth = 1 + max(int(m[1]) for k in shapes if (m := re.match(r"image_encoder\.blocks\.(\d+)\.", k)))
+        reach = [shapes[f"image_encoder.blocks.{i}.attn.rel_pos_h"] for i in range(depth)]
+        mlp = shapes["image_encoder.blocks.0.mlp.lin1.weight"][0]
+        out_dim = shapes["image_encoder.neck.0.weight"][0]
+    except KeyError as missing:
+        raise ValueError(f"these are no SAM weights: {missing} is missing") from missing
+    global_blocks = tuple(i for i, shape in enumerate(reach) if shape[0] == 2 * grid - 1)
+    windows = {(shape[0] + 1) // 2 for shape in reach if shape[0] != 2 * grid - 1}
+    return SamConfig(
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=embed_dim // reach[0][1],
+        global_attn_indexes=global_blocks,
+        window_size=windows.pop() if windows else 0,
+        mlp_ratio=mlp / embed_dim,
+        out_dim=out_dim,
+    )
+
+
+def embed_prompts(
+    sam: Sam, points: torch.Tensor | None, labels: torch.Tensor | None, text: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sparse (n, K + 2, C) and dense (n, C, h, w) prompt embeddings; without points sparse is the text alone (n, 1, C).
+
+    points (n, K, 2) in SAM's frame (before its half-pixel shift), labels (n, K), text (n, 1, C) the projected [SEG].
+    Coordinates are rounded to the dtype of the positional matrix, as the released weights were trained (§4-8); the
+    package's own entry would mix dtypes there, hence its parts are called one by one.
+    """
+    encoder = sam.prompt_encoder
+    pe = encoder.pe_layer
+    dtype = pe.positional_encoding_gaussian_matrix.dtype
+    dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(len(text), -1, *encoder.image_embedding_size)
+    if points is None:
+        return text, dense
+    padding = points.new_zeros(len(points), 1, 2)
+    coords = torch.cat([points + 0.5, padding], dim=1)  # pixel centres; the extra point the package appends without a box
+    labels = torch.cat([labels, labels.new_full((len(labels), 1), -1)], dim=1)[..., None]
+    coords = coords / coords.new_tensor(encoder.input_image_size[::-1])
+    place = pe._pe_encoding(coords.to(dtype))
+    kind = torch.where(labels == 1, encoder.point_embeddings[1].weight, encoder.point_embeddings[0].weight)
+    embedded = torch.where(labels == -1, encoder.not_a_point_embed.weight, place + kind)
+    return torch.cat([embedded, text.to(embedded.dtype)], dim=1), dense
+
+
+def dense_position_encoding(sam: Sam) -> torch.Tensor:
+    """(1, C, h, w) positional encoding of the image embedding's grid, in the dtype of the prompt encoder."""
+    pe = sam.prompt_encoder.pe_layer
+    height, width = sam.prompt_encoder.image_embedding_size
+    matrix = pe.positional_encoding_gaussian_matrix
+    y = (torch.arange(height, device=matrix.device) + 0.5) / height
+    x = (torch.arange(width, device=matrix.device) + 0.5) / width
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    return pe._pe_encoding(grid.to(matrix.dtype)).permute(2, 0, 1)[None]
+
+
+def decode_masks(
+    sam: Sam,
+    image_embedding_Chw: torch.Tensor,
+    points: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    text: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Low-resolution logits (n, 4h, 4w) and predicted IoU (n,) of n masks of one picture (first mask token, §4-8)."""
+    if len(text) == 0:  # the package cannot reshape an empty batch
+        side = 4 * image_embedding_Chw.shape[-1]
+        return text.new_zeros(0, side, side), text.new_zeros(0)
+    sparse, dense = embed_prompts(sam, points, labels, text)
+    low_res, iou = sam.mask_decoder(
+        image_embeddings=image_embedding_Chw[None],
+        image_pe=dense_position_encoding(sam),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=False,
+    )
+    return low_res[:, 0], iou[:, 0]
+
+
+def to_sam_frame(points: torch.Tensor, sam_size: tuple[int, int], original_size: tuple[int, int]) -> torch.Tensor:
+    """(x, y) from pixels of the original picture to pixels of its resized copy in SAM's square (§4-7)."""
+    scale = points.new_tensor([sam_size[1] / original_size[1], sam_size[0] / original_size[0]])
+    return points * scale
+
+
+def upscale_logits(
+    low_res: torch.Tensor, image_size: int, sam_size: tuple[int, int], original_size: tuple[int, int]
+) -> torch.Tensor:
+    """(n, h, w) low-resolution logits to (n, H, W) float32 in the original picture (§4-9)."""
+    if len(low_res) == 0:
+        return low_res.new_zeros(0, *original_size, dtype=torch.float32)
+    logits = F.interpolate(low_res[:, None].float(), (image_size, image_size), mode="bilinear", align_corners=False)
+    logits = logits[..., : sam_size[0], : sam_size[1]]
+    return F.interpolate(logits, tuple(original_size), mode="bilinear", align_corners=False)[:, 0]

@@ -1,0 +1,216 @@
+"""Similarity as Points: where `[SEG]` looks, turned into prompts for SAM (paper, section 4; protocol §4).
+
+    similarity()      [SEG] state against image tokens           -> s, one value a token
+    select_points()   s as a coarse map, thresholded             -> points with labels
+    refine_points()   a soft-argmax in the fine map near a point -> points, differentiable in s
+
+Pure functions of tensors. Legend: M masks (one a [SEG]) · P image tokens (g x g) · D hidden width · K points · (H, W)
+pixels of the original picture. Coordinates are (x, y), pixels of the original picture, a pixel's index being its centre.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+POSITIVE, NEGATIVE, NEUTRAL = 1, 0, -1
+
+REFINE_RADIUS = 5
+"""Half width of the refinement's window. The weight exp(-r^2) outside is below 1e-15 of the centre's."""
+
+
+class PointPrompts(NamedTuple):
+    """Points of M masks over pictures of one size; K is `num_points`, or all cells of a smaller grid."""
+
+    points: torch.Tensor
+    """(M, K, 2) float32, (x, y) in pixels of the original picture; carries gradient into the similarity."""
+    labels: torch.Tensor
+    """(M, K) int64: 1 foreground, 0 background, -1 neither (SAM ignores the place of such a point)."""
+    cells: torch.Tensor
+    """(M, K, 2) int64, the integer pixels (x, y) before refinement."""
+
+
+def similarity(image_states_MPD: torch.Tensor, seg_state_MD: torch.Tensor) -> torch.Tensor:
+    """Plain dot product of each image token's last hidden state with the `[SEG]` state: (M, P), dtype of the inputs.
+
+    The class re-weighting of CLIP-Surgery is identically 1 for a single text vector, hence absent (§4-1). The product is
+    rounded to the model's dtype before the sum, as in the original.
+    """
+    return (image_states_MPD * seg_state_MD[:, None, :]).sum(dim=-1)
+
+
+def select_points(
+    similarity_MP: torch.Tensor,
+    image_size: tuple[int, int],
+    *,
+    num_points: int = 30,
+    t_pos: float = 0.8,
+    t_neg: float = 0.2,
+    down_sample: int = 2,
+    geometry: str = "released",
+    clip_image_size: int = 336,
+) -> PointPrompts:
+    """Points and labels of M similarity maps over one picture of `image_size` = (H, W) (§4-2 to §4-6).
+
+    Cells at or above `t_pos` come first (highest value first, label 1), then those at or below `t_neg` (lowest first,
+    label 0), then the rest in raster order (label -1); the first `num_points` are kept, fewer if the grid has fewer
+    cells. Equal values keep raster order. A map without contrast (constant, or with a value that is not finite) says
+    nothing about place: all its points are neutral, so the `[SEG]` embedding alone decides.
+    """
+    grid = math.isqrt(similarity_MP.shape[1])
+    if grid * grid != similarity_MP.shape[1]:
+        raise ValueError(f"SasP needs a square token grid, found {similarity_MP.shape[1]} tokens")
+    coarse = max(grid // down_sample, 1)
+    values = _resize(similarity_MP.detach().float(), grid, coarse)
+    values = torch.where(_has_contrast(values), _minmax(values), (t_pos + t_neg) / 2)
+
+    cells = _grid_cells(image_size, coarse, clip_image_size, geometry)
+    x, y, index = (torch.tensor(c, device=values.device) for c in cells)
+    values = values[:, index]
+    positive, negative = values >= t_pos, values <= t_neg
+    # One ascending key: foreground in [-1, -t_pos], background in [0, t_neg], neutral 2 (a stable sort keeps raster order).
+    key = torch.where(positive, -values, torch.where(negative, values, 2.0))
+    chosen = key.argsort(dim=1, stable=True)[:, :num_points]
+    label = torch.where(positive, POSITIVE, torch.where(negative, NEGATIVE, NEUTRAL)).gather(1, chosen)
+    pixels = torch.stack([x[chosen], y[chosen]], dim=-1)
+    points = refine_points(pixels, similarity_MP, image_size, clip_image_size=clip_image_size, geometry=geometry)
+    return PointPrompts(points, label, pixels)
+
+
+def refine_points(
+    pixels_MK2: torch.Tensor,
+    similarity_MP: torch.Tensor,
+    image_size: tuple[int, int],
+    *,
+    clip_image_size: int = 336,
+    geometry: str = "released",
+) -> torch.Tensor:
+    """Weighted mean of the pixels around each point, weights exp(fine map) * exp(-distance^2): (M, K, 2) float32 (§4-6).
+
+    The original sums over the whole picture, once a point; weights fall so fast that a window of a few pixels gives the
+    same number. The fine map is a separable interpolation of the token grid, so only the window is ever built:
+    rows x grid x columns. Gradient flows to the similarity through the fine map.
+    """
+    height, width = image_size
+    grid = math.isqrt(similarity_MP.shape[1])
+    # §4-2: min-max in the model's dtype, and only then fp32.
+    fine = _minmax(similarity_MP).float().unflatten(1, (grid, grid))
+    rows, columns = fine_map_matrices(image_size, grid, clip_image_size, geometry, fine.device)
+    offset = torch.arange(-REFINE_RADIUS, REFINE_RADIUS + 1, device=fine.device)
+    xs, ys = pixels_MK2[..., 0, None] + offset, pixels_MK2[..., 1, None] + offset
+    window = torch.einsum(
+        "mkra,mab,mkcb->mkrc", rows[ys.clamp(0, height - 1)], fine, columns[xs.clamp(0, width - 1)]
+    )
+    inside = ((ys >= 0) & (ys < height))[..., :, None] & ((xs >= 0) & (xs < width))[..., None, :]
+    distance = offset[:, None] ** 2 + offset[None, :] ** 2
+    weight = torch.where(inside, torch.exp(window - distance), 0.0)
+    weight = weight / weight.sum(dim=(-2, -1), keepdim=True)
+    shift = torch.stack([(weight.sum(dim=-2) * offset).sum(-1), (weight.sum(dim=-1) * offset).sum(-1)], dim=-1)
+    return pixels_MK2 + shift
+
+
+def similarity_map(
+    similarity_MP: torch.Tensor, image_size: tuple[int, int], *, clip_image_size: int = 336, geometry: str = "released"
+) -> torch.Tensor:
+    """The fine map over the whole picture, (M, H, W) float32 in [0, 1], 0 where CLIP saw nothing. For pictures of it."""
+    grid = math.isqrt(similarity_MP.shape[1])
+    fine = _minmax(similarity_MP).float().unflatten(1, (grid, grid))
+    rows, columns = fine_map_matrices(image_size, grid, clip_image_size, geometry, fine.device)
+    return rows @ fine @ columns.T
+
+
+def fine_map_matrices(
+    image_size: tuple[int, int], grid: int, clip_image_size: int, geometry: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Interpolation matrices (H, g) and (W, g): fine map = rows @ map @ columns^T, zero outside CLIP's crop (§4-2)."""
+    rows, columns = _fine_map_matrices(tuple(image_size), grid, clip_image_size, geometry)
+    return rows.to(device), columns.to(device)
+
+
+@lru_cache(maxsize=256)
+def _fine_map_matrices(
+    image_size: tuple[int, int], grid: int, clip_image_size: int, geometry: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    identity = torch.eye(grid)[None]
+    view = F.interpolate(identity, size=clip_image_size, mode="linear", align_corners=False)
+    matrices = []
+    for length in image_size:
+        if geometry == "released":
+            pad = _released_pad(length, min(image_size), clip_image_size)
+            axis = F.interpolate(F.pad(view, (pad, pad)), size=length, mode="linear", align_corners=False)[0].T
+        else:
+            resized, start = _clip_crop(length, min(image_size), clip_image_size)
+            centre = (torch.arange(length, dtype=torch.float64) + 0.5) * resized / length - start
+            inside = (centre >= 0) & (centre <= clip_image_size)
+            place = (centre * grid / clip_image_size - 0.5).clamp(0, grid - 1)
+            low = place.floor().long().clamp(max=max(grid - 2, 0))
+            share = (place - low).float()
+            axis = torch.zeros(length, grid)
+            axis[torch.arange(length), low] = 1 - share
+            axis[torch.arange(length), (low + 1).clamp(max=grid - 1)] += share
+            axis *= inside[:, None]
+        matrices.append(axis.contiguous())
+    return matrices[0], matrices[1]
+
+
+@lru_cache(maxsize=256)
+def _grid_cells(
+    image_size: tuple[int, int], coarse: int, clip_image_size: int, geometry: str
+) -> tuple[list[int], list[int], list[int]]:
+    """x, y (integer pixels) and index in the coarse map of every cell that may become a point, in raster order (§4-3, -5)."""
+    axes = []
+    for length in image_size:
+        cells = []
+        if geometry == "released":
+            pad = _released_pad(length, min(image_size), coarse)
+            padded = coarse + 2 * pad
+            for i in range(padded):
+                if 0 <= i - pad < coarse:
+                    cells.append((int(min((i + 0.5) * length / padded, length - 1)), i - pad))
+        else:
+            resized, start = _clip_crop(length, min(image_size), clip_image_size)
+            for i in range(coarse):
+                place = ((i + 0.5) * clip_image_size / coarse + start) * length / resized
+                cells.append((min(max(int(place), 0), length - 1), i))
+        axes.append(cells)
+    raster = [(x, y, i * coarse + j) for y, i in axes[0] for x, j in axes[1]]
+    if not raster:  # a picture so narrow that the released rounding crops the whole grid away
+        raster = [(image_size[1] // 2, image_size[0] // 2, (coarse // 2) * coarse + coarse // 2)]
+    return tuple(list(values) for values in zip(*raster, strict=True))
+
+
+def _released_pad(length: int, shortest: int, cells: int) -> int:
+    """Cells the original adds on each side of an axis; its float rounding makes some of them -1 (§8-5, kept)."""
+    return math.floor((int(length * (cells / shortest)) - cells) / 2)
+
+
+def _clip_crop(length: int, shortest: int, clip_image_size: int) -> tuple[int, int]:
+    """(resized length, first pixel of the centre crop) of one axis in CLIP's preprocessing (§2)."""
+    resized = int(clip_image_size * length / shortest)
+    return resized, (resized - clip_image_size) // 2
+
+
+def _resize(values_MP: torch.Tensor, grid: int, size: int) -> torch.Tensor:
+    """Bilinear g x g -> size x size, flattened."""
+    if size == grid:
+        return values_MP
+    maps = values_MP.unflatten(1, (1, grid, grid))
+    return F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False).flatten(1)
+
+
+def _has_contrast(values: torch.Tensor) -> torch.Tensor:
+    """(M, 1) bool: all values of the row are finite and not all equal."""
+    return values.isfinite().all(dim=1, keepdim=True) & (values.amax(1, keepdim=True) > values.amin(1, keepdim=True))
+
+
+def _minmax(values: torch.Tensor) -> torch.Tensor:
+    """To [0, 1] a row, in the dtype given; a row without contrast, or with NaN or infinity, becomes zeros."""
+    # min and max by index, not amin and amax: among equal extremes one alone carries the gradient, as in the original.
+    low, high = values.min(dim=1, keepdim=True).values, values.max(dim=1, keepdim=True).values
+    usable = _has_contrast(values)
+    span = torch.where(usable, high - low, 1.0)
+    return torch.where(usable, (torch.where(usable, values, 0.0) - torch.where(usable, low, 0.0)) / span, 0.0)

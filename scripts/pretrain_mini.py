@@ -1,0 +1,396 @@
+"""Makes the base weights of READ-mini: a small CLIP-type tower, LLaMA and SAM that know the mini world.
+
+Real READ starts from a pretrained LLaVA and SAM; so does READ-mini, and this script is where its base comes from. Scenes are
+drawn without end from the training photographs, so no sample is seen twice and the written data sets are never touched.
+
+    python scripts/pretrain_mini.py tokenizer --out runs/base        # SentencePiece vocabulary and an untrained model
+    python scripts/pretrain_mini.py sam       --out runs/base        # SAM alone: points and boxes -> masks
+    python scripts/pretrain_mini.py sight     --out runs/base        # CLIP tower + LLaMA: words, places, similarity map
+    python scripts/pretrain_mini.py seg       --out runs/base        # joined through [SEG]; SAM's encoder stays frozen
+    python scripts/pretrain_mini.py export    --out runs/base        # fp16 folder assets/read-mini-base
+
+`sam` and `sight` do not touch each other's weights and may run at the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig  # noqa: E402
+
+from dataset import templates  # noqa: E402
+from dataset.mini import world  # noqa: E402
+from model import LossConfig, READConfig, READForCausalLM, READProcessor, SamConfig, get_preset  # noqa: E402
+from model import llava as llava_adapter  # noqa: E402
+from model import losses  # noqa: E402
+from model.sam import upscale_logits  # noqa: E402
+from utils.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, with_image  # noqa: E402
+from utils.tokenizer import add_read_tokens, load_tokenizer  # noqa: E402
+
+CLIP_SIZE, PATCH, SAM_SIZE = 168, 14, 256
+CAPTION_QUESTIONS = ("What do you see in this picture?", "Describe the picture.", "Which things are here, and where?")
+NAMED_REASONS = (
+    "You would take the {name}, it is [SEG].",
+    "The {name} fits that, it is [SEG].",
+    "That would be the {name}: [SEG].",
+    "For this there is the {name}, [SEG].",
+)
+
+
+# ------------------------------------------------------------------------------------------------ dialogues
+
+
+def dialogue(scene: world.Scene, rng: np.random.Generator, turns: int) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
+    """A conversation about one scene and the mask of each of its [SEG] tokens, in order."""
+    pool: list[tuple[str, str, np.ndarray | None]] = []
+    for found in world.expressions(scene, rng):
+        pool.append((*_referring(found.text, rng), scene.things[found.target].mask))
+    reasons = [(*_reasoning(found, rng), _union(scene, found.targets)) for found in world.reasoning(scene, rng)]
+    absent = [(*_absent(found, rng), None) for found in world.false_premises(scene, rng)]
+    absent += [(_long(query, sentence, rng), answer, None) for query, sentence, answer in world.false_reasoning(scene, rng)]
+    chosen: list[tuple[str, str, np.ndarray | None]] = []
+    for _ in range(turns):
+        kind = rng.random()
+        source = reasons if kind < 0.25 and reasons else absent if kind < 0.4 and absent else pool
+        if kind > 0.9:
+            chosen.append((CAPTION_QUESTIONS[rng.integers(len(CAPTION_QUESTIONS))], world.caption(scene, rng), None))
+        elif source:
+            chosen.append(source.pop(rng.integers(len(source))))
+    return [(question, answer) for question, answer, _ in chosen], [mask for *_, mask in chosen if mask is not None]
+
+
+def _pick(options, rng: np.random.Generator):
+    return options[rng.integers(len(options))]
+
+
+def _referring(text: str, rng: np.random.Generator) -> tuple[str, str]:
+    question = templates.EVAL_SHORT_QUESTION if rng.random() < 0.35 else _pick(templates.SHORT_QUESTION, rng)
+    answer = templates.EVAL_ANSWER if rng.random() < 0.35 else _pick(templates.SHORT_ANSWER, rng)
+    return question.format(class_name=text), answer.format(class_name=text)
+
+
+def _long(text: str, is_sentence: bool, rng: np.random.Generator) -> str:
+    if rng.random() < 0.5:
+        template = templates.EVAL_LONG_QUESTION if is_sentence else templates.EVAL_SHORT_QUESTION
+    else:
+        template = _pick(templates.LONG_QUESTION if is_sentence else templates.SHORT_QUESTION, rng)
+    return template.format(sent=text, class_name=text)
+
+
+def _reasoning(found: world.Reasoning, rng: np.random.Generator) -> tuple[str, str]:
+    kind = rng.random()
+    if kind < 0.35:
+        answer = templates.EVAL_ANSWER
+    elif kind < 0.65:
+        answer = _pick(NAMED_REASONS, rng).format(name=found.answer_name)
+    else:
+        answer = _pick(templates.LONG_ANSWER, rng)
+    return _long(found.text, found.is_sentence, rng), answer
+
+
+def _absent(found: world.FalsePremise, rng: np.random.Generator) -> tuple[str, str]:
+    question = templates.EVAL_SHORT_QUESTION if rng.random() < 0.35 else _pick(templates.SHORT_QUESTION, rng)
+    answer = _pick(templates.CORRECT_ANSWER, rng)
+    return question.format(class_name=found.text), answer.format(class_name=found.text, gt_name=found.correction)
+
+
+def _union(scene: world.Scene, targets: list[int]) -> np.ndarray:
+    return np.logical_or.reduce([scene.things[t].mask for t in targets])
+
+
+def make_batch(processor: READProcessor, rng: np.random.Generator, size: int, turns: int, split: str = "train") -> dict:
+    """Keyword arguments of `READForCausalLM.forward` for `size` fresh scenes of one multi-turn dialogue each."""
+    views, rows, masks = [], [], []
+    while len(rows) < size:
+        scene = world.make_scene(rng, split)
+        talk, found = dialogue(scene, rng, turns)
+        if not talk:
+            continue
+        talk = [(with_image(talk[0][0]), talk[0][1]), *talk[1:]]
+        rows.append(processor.encode(talk))
+        views.append(processor.views(scene.image))
+        masks += [torch.from_numpy(mask.astype(np.uint8)) for mask in found]
+    return collate_rows(views, rows, masks)
+
+
+def collate_rows(views: list, rows: list[tuple[list[int], list[int]]], masks: list[torch.Tensor]) -> dict:
+    length = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORE_INDEX)
+    for i, (row, target) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, : len(row)] = torch.tensor(target)
+    mask = torch.arange(length) < torch.tensor([len(row) for row, _ in rows])[:, None]
+    return {
+        "clip_images": torch.stack([v.clip for v in views]),
+        "sam_images": torch.stack([v.sam for v in views]),
+        "sam_sizes": [v.sam_size for v in views],
+        "original_sizes": [v.original_size for v in views],
+        "input_ids": ids,
+        "attention_mask": mask,
+        "image_of_question": torch.arange(len(rows)),
+        "labels": labels,
+        "masks": masks,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+def build_tokenizer(folder: Path, seed: int) -> None:
+    """Trains the SentencePiece vocabulary on what the mini world and the templates say."""
+    import sentencepiece
+
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = folder / "corpus.txt"
+    with corpus.open("w") as file:
+        for _ in range(3000):
+            scene = world.make_scene(rng, "train")
+            for question, answer in dialogue(scene, rng, 8)[0]:
+                file.write(f"{question}\n{answer.replace('[SEG]', ' ')}\n")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=2000, model_type="bpe", byte_fallback=True,
+        character_coverage=1.0, hard_vocab_limit=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    corpus.unlink()
+    (folder / "tokenizer.vocab").unlink()
+
+
+def build_model(folder: Path) -> tuple[READForCausalLM, READProcessor]:
+    """READ-mini with random weights, and its processor."""
+    from transformers import CLIPImageProcessor
+
+    tokenizer = load_tokenizer(folder)
+    seg, im_start, im_end = add_read_tokens(tokenizer)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=640, num_hidden_layers=5, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=2048, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    clip = CLIPVisionConfig(
+        hidden_size=160, intermediate_size=512, num_hidden_layers=5, num_attention_heads=5, image_size=CLIP_SIZE,
+        patch_size=PATCH, projection_dim=160,
+    )  # fmt: skip
+    preset = get_preset("mini")
+    config = READConfig(
+        llava=LlavaConfig(vision_config=clip, text_config=text, image_token_index=IMAGE_TOKEN_INDEX),
+        sam=SamConfig(
+            image_size=SAM_SIZE, patch_size=16, embed_dim=144, depth=4, num_heads=4, global_attn_indexes=(1, 3),
+            window_size=8,
+        ),
+        sasp=preset.sasp, loss=LossConfig(sim=1.0), seg_token_id=seg, im_start_id=im_start, im_end_id=im_end,
+        conv_type=preset.conv_type,
+    )  # fmt: skip
+    clip_processor = CLIPImageProcessor(
+        size={"shortest_edge": CLIP_SIZE}, crop_size={"height": CLIP_SIZE, "width": CLIP_SIZE}
+    )
+    processor = READProcessor(tokenizer, clip_processor, SAM_SIZE, config.num_patches, conv_type=preset.conv_type)
+    return READForCausalLM(config), processor
+
+
+def load_parts(model: READForCausalLM, folder: Path) -> None:
+    """Weights of the stages that have run, over the random ones."""
+    for part in ("sam", "sight", "seg"):
+        file = folder / f"{part}.pt"
+        if file.is_file():
+            model.load_state_dict(torch.load(file, weights_only=True), strict=False)
+            print(f"loaded {file}")
+
+
+STAGE_PREFIXES = {
+    "sam": ("sam.image_encoder.", "sam.mask_decoder.", "sam.prompt_encoder."),
+    "sight": ("llava.",),
+    "seg": ("llava.", "sam.mask_decoder.", "text_hidden_fcs."),
+}
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+def sam_step(model: READForCausalLM, rng: np.random.Generator, processor: READProcessor, size: int) -> dict:
+    """SAM's own task: a few points, or a box, to the mask of the thing they lie on; its IoU head learns too."""
+    total = {"bce": 0.0, "dice": 0.0, "iou": 0.0, "score": 0.0}
+    count = 0
+    sam = model.sam
+    views, scenes = [], []
+    for _ in range(size):
+        scenes.append(world.make_scene(rng, "train"))
+        views.append(processor.views(scenes[-1].image))
+    embeddings = sam.image_encoder(torch.stack([v.sam for v in views]))
+    for scene, view, embedding in zip(scenes, views, embeddings, strict=True):
+        masks = torch.from_numpy(np.stack([thing.mask for thing in scene.things]))
+        scale = torch.tensor([view.sam_size[1] / view.original_size[1], view.sam_size[0] / view.original_size[0]])
+        if rng.random() < 0.75:
+            count_in, count_out = int(rng.integers(1, 8)), int(rng.integers(0, 6))
+            places, labels = [], []
+            for mask in masks.numpy():
+                inside, outside = np.argwhere(mask), np.argwhere(~mask)
+                xy = np.concatenate([inside[rng.integers(len(inside), size=count_in)],
+                                     outside[rng.integers(len(outside), size=count_out)]])[:, ::-1]  # fmt: skip
+                places.append(torch.from_numpy(xy.astype(np.float32)))
+                labels.append(torch.tensor([1] * count_in + [0] * count_out))
+            prompt = {"points": (torch.stack(places) * scale, torch.stack(labels)), "boxes": None}
+        else:
+            boxes = []
+            for mask in masks.numpy():
+                ys, xs = np.nonzero(mask)
+                box = np.array([xs.min(), ys.min(), xs.max(), ys.max()], np.float32)
+                boxes.append(torch.from_numpy(box + rng.normal(0, 3, 4).astype(np.float32)))
+            prompt = {"points": None, "boxes": torch.stack(boxes) * scale.repeat(2)}
+        sparse, dense = sam.prompt_encoder(masks=None, **prompt)
+        low_res, predicted = sam.mask_decoder(
+            image_embeddings=embedding[None], image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=False,
+        )  # fmt: skip
+        logits = upscale_logits(low_res[:, 0], SAM_SIZE, view.sam_size, view.original_size)
+        for logit, mask, guess in zip(logits, masks, predicted[:, 0], strict=True):
+            hit = logit.detach() > 0
+            iou = (hit & mask).sum() / (hit | mask).sum().clamp(min=1)
+            total["bce"] = total["bce"] + losses.bce_loss(logit, mask.byte())
+            total["dice"] = total["dice"] + losses.dice_loss(logit, mask.byte())
+            total["score"] = total["score"] + (guess - iou) ** 2
+            total["iou"] = total["iou"] + iou.item()
+            count += 1
+    total = {key: value / count for key, value in total.items()}
+    total["loss"] = 5 * total["bce"] + total["dice"] + 0.5 * total["score"]
+    return total
+
+
+def sight_step(model: READForCausalLM, batch: dict) -> dict:
+    """Language and sight without SAM: the answer's tokens, and the similarity map of each [SEG]."""
+    features = llava_adapter.image_features(model.llava, batch["clip_images"])
+    embeddings = llava_adapter.embed_inputs(model.llava, batch["input_ids"], features, batch["image_of_question"])
+    hidden = model.llava.model.language_model(
+        inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False
+    ).last_hidden_state
+    question, position = llava_adapter.seg_positions(batch["input_ids"], model.config.seg_token_id)
+    states = llava_adapter.image_states(hidden, batch["input_ids"], question)
+    similarity = (states * hidden[question, position][:, None]).sum(-1)
+    ce = losses.answer_loss(hidden, batch["labels"], model.llava.lm_head)
+    sim = losses.similarity_loss(similarity, batch["masks"], model.config.hidden_size, CLIP_SIZE)
+    return {"loss": ce + 2 * sim, "ce": ce, "sim": sim, **map_scores(similarity, batch["masks"])}
+
+
+def map_scores(similarity: torch.Tensor, masks: list[torch.Tensor]) -> dict:
+    """IoU of the thresholded similarity map on the token grid, and how often its peak lies on the object."""
+    grid = math.isqrt(similarity.shape[1])
+    target = torch.stack([losses.mask_on_token_grid(mask, grid, CLIP_SIZE) for mask in masks])
+    on, want = similarity.detach() > 0, target > 0.5
+    iou = (on & want).sum().item() / max((on | want).sum().item(), 1)
+    peak = target.gather(1, similarity.detach().argmax(1, keepdim=True)) > 0.3
+    return {"map_iou": iou, "peak": peak.float().mean().item()}
+
+
+def seg_step(model: READForCausalLM, batch: dict, rng: np.random.Generator) -> dict:
+    """The whole model. SasP is on in half of the steps, so that the base favours neither path."""
+    on = model.config.sasp
+    if rng.random() < 0.5:
+        model.config.sasp = type(on)(enabled=False)
+    try:
+        out = model(**batch)
+    finally:
+        model.config.sasp = on
+    inter = union = 0
+    for logit, mask in zip(out.segments.mask_logits, batch["masks"], strict=True):
+        inter += ((logit > 0) & (mask == 1)).sum().item()
+        union += ((logit > 0) | (mask == 1)).sum().item()
+    return {"loss": out.loss, "ce": out.ce_loss, "bce": out.bce_loss, "dice": out.dice_loss, "sim": out.sim_loss,
+            "ciou": inter / max(union, 1), **map_scores(out.segments.similarity, batch["masks"])}  # fmt: skip
+
+
+def train(args: argparse.Namespace) -> None:
+    """One stage, for `--minutes` of wall clock; the learning rate follows the clock, so a busy machine ends it well too."""
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng([args.seed, list(STAGE_PREFIXES).index(args.stage)])
+    model, processor = build_model(args.out)
+    load_parts(model, args.out)
+    model.train()
+    prefixes = STAGE_PREFIXES[args.stage]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(prefixes))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    log = (args.out / f"{args.stage}.jsonl").open("a")
+    start, step, sums, last_save = time.time(), 0, {}, time.time()
+    while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
+        rate = args.lr * min(1, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * progress)) * 0.98 + 0.02)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            if args.stage == "sam":
+                out = sam_step(model, rng, processor, args.batch_size)
+            else:
+                batch = make_batch(processor, rng, args.batch_size, args.turns)
+                out = sight_step(model, batch) if args.stage == "sight" else seg_step(model, batch, rng)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        step += 1
+        for key, value in out.items():
+            sums.setdefault(key, []).append(float(value))
+        if step % 20 == 0:
+            row = {"step": step, "minutes": round((time.time() - start) / 60, 2), "lr": round(rate, 6)}
+            row |= {key: round(float(np.mean(values)), 4) for key, values in sums.items()}
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            print(row, flush=True)
+            sums = {}
+        if time.time() - last_save > 120:
+            save_stage(model, args.out, args.stage)
+            last_save = time.time()
+    save_stage(model, args.out, args.stage)
+
+
+def save_stage(model: READForCausalLM, folder: Path, stage: str) -> None:
+    state = {k: v.detach().clone() for k, v in model.state_dict().items() if k.startswith(STAGE_PREFIXES[stage])}
+    torch.save(state, folder / f"{stage}.tmp")
+    (folder / f"{stage}.tmp").replace(folder / f"{stage}.pt")
+
+
+def export(args: argparse.Namespace) -> None:
+    """The base as a folder of fp16 safetensors, loadable on its own."""
+    model, processor = build_model(args.out)
+    load_parts(model, args.out)
+    model.config.loss = get_preset("mini").loss
+    model.half().save_pretrained(args.to, processor=processor)
+    print(f"wrote {args.to}: {sum(f.stat().st_size for f in Path(args.to).iterdir()) / 1e6:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["tokenizer", *STAGE_PREFIXES, "export"])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/base", help="folder of the stages' weights and logs")
+    parser.add_argument("--to", type=Path, default=ROOT / "assets/read-mini-base", help="folder that `export` writes")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch_size", type=int, default=8, help="scenes a step")
+    parser.add_argument("--turns", type=int, default=5, help="questions a scene")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.stage == "tokenizer":
+        build_tokenizer(args.out, args.seed)
+    elif args.stage == "export":
+        export(args)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The command line: every command that the scripts, the Makefile and the README show parses against its own parser."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from utils.args import REMOVED, TrainArgs, build_parser, parse_flags
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob("*.sh"))
+
+PARSERS = {
+    "train_read.py": lambda: build_parser(TrainArgs, ""),
+    "utils.merge_lora": lambda: importlib.import_module("utils.merge_lora").build_parser(),
+    "test_read.py": lambda: importlib.import_module("test_read").build_parser(),
+    "demo.py": lambda: importlib.import_module("demo").build_parser(),
+    "dataset.mini": lambda: importlib.import_module("dataset.mini.__main__").build_parser(),
+}
+"""Entry -> its parser."""
+
+
+def entry_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """(entry, its arguments) of a command that runs one of ours, else None."""
+    for i, word in enumerate(words):
+        if word in PARSERS:
+            return word, words[i + 1 :]
+    return None
+
+
+def through_script(words: list[str]) -> list[str]:
+    """`bash x.sh A --b c` as the command that x.sh runs: its live command with "$1", "$@", "${@:n}" filled in."""
+    for i, word in enumerate(words):
+        if word.endswith(".sh") and (ROOT / word).is_file():
+            given = words[i + 1 :]
+            return [part for token in live_command(ROOT / word) for part in _fill(token, given)]
+    return words
+
+
+def _fill(token: str, given: list[str]) -> list[str]:
+    if match := re.fullmatch(r"\$\{@:(\d+)\}", token):
+        return given[int(match[1]) - 1 :]
+    if token == "$@":
+        return given
+    if match := re.fullmatch(r"\$\{?(\d)(?::\?.*)?\}?", token):
+        return given[int(match[1]) - 1 : int(match[1])]
+    if token == "$preset":
+        return given[:1]
+    return [token]
+
+
+def live_command(script: Path) -> list[str]:
+    """Words of the last command of a script, the one that runs Python."""
+    text = re.sub(r"\\\n\s*", " ", script.read_text())
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return shlex.split([line for line in lines if any(entry in line for entry in PARSERS)][-1])
+
+
+def shown_commands() -> list[tuple[str, list[str]]]:
+    """(where, words) of the commands of ours that the Makefile's demo runs and the README's code blocks show."""
+    commands = []
+    made = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sources = [("Makefile", re.sub(r"\\\n\s*", " ", made))]
+    if (ROOT / "README.md").is_file():
+        blocks = re.findall(r"```(?:bash|sh|shell)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+        sources.append(("README.md", re.sub(r"\\\n\s*", " ", "\n".join(blocks))))
+    for where, text in sources:
+        for line in text.splitlines():
+            if line.lstrip().startswith("#"):
+                continue
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError:
+                continue
+            if any(word in PARSERS or word.endswith(".sh") for word in words):
+                commands.append((where, words))
+    return commands
+
+
+# ------------------------------------------------------------------------------------------------ the scripts
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda p: p.name)
+def test_script_is_sound(script: Path) -> None:
+    """Usage in the first lines, strict mode, valid bash."""
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert lines[1].startswith("# ")
+    assert "set -euo pipefail" in lines
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_script_has_one_live_command_and_passes_arguments_on(script: Path) -> None:
+    """The original overwrote its own arguments and kept whole commands as comments."""
+    text = script.read_text()
+    live = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    assert sum(any(entry in line for entry in PARSERS) for line in live) == 1
+    assert '"$@"' in text or '"${@:' in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_flags_of_script_exist(script: Path) -> None:
+    """Every flag that a script types is one of the entry it runs."""
+    entry, words = entry_of(live_command(script))
+    options = PARSERS[entry]()._option_string_actions
+    flags = [word.split("=")[0] for word in words if word.startswith("--")]
+    assert [flag for flag in flags if flag not in options] == []
+
+
+@pytest.mark.parametrize("where, words", shown_commands(), ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else v)
+def test_shown_command_parses(where: str, words: list[str]) -> None:
+    """The commands that people will copy are parsed for real, values and all."""
+    found = entry_of(through_script(words))
+    assert found is not None, f"{where}: {' '.join(words)} runs nothing that is known here"
+    entry, arguments = found
+    PARSERS[entry]().parse_args([word for word in arguments if "$" not in word])
+
+
+# ------------------------------------------------------------------------------------------------ the flags
+
+
+def test_booleans_switch_both_ways() -> None:
+    """Four flags of the original were True and could not be turned off; the README's `=False` was rejected."""
+    assert parse_flags(["--no-gradient_checkpointing", "--no-train_mask_decoder"]) == {
+        "gradient_checkpointing": False,
+        "train_mask_decoder": False,
+    }
+    assert parse_flags(["--sasp", "--no_eval", "--auto_resume"]) == {"sasp": True, "no_eval": True, "auto_resume": True}
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_removed_flags_say_why(name: str, capsys: pytest.CaptureFixture) -> None:
+    """Who comes from the original learns what became of a flag."""
+    with pytest.raises(SystemExit):
+        parse_flags([f"--{name}", "1"] if name.endswith("size") else [f"--{name}"])
+    assert REMOVED[name] in capsys.readouterr().err
+
+
+def test_typed_flags_win_over_the_preset_and_the_preset_over_the_defaults() -> None:
+    """Also when the typed value is the default's, and for the parts of a preset that belong to the model."""
+    sasp = SimpleNamespace(enabled=True, num_points=7, t_pos=0.6, t_neg=0.1, down_sample=1, geometry="exact")
+    loss = SimpleNamespace(ce=1.0, bce=2.0, dice=4.0, sim=0.0)
+    preset = SimpleNamespace(name="toy", sasp=sasp, loss=loss, conv_type="vicuna_v1", train={"lr": 1e-4, "lora_r": 64})
+    args = TrainArgs.resolve({"preset": "toy", "lora_r": 8, "t_pos": 0.7}, preset)
+    assert (args.lr, args.lora_r, args.t_pos, args.num_points, args.geometry) == (1e-4, 8, 0.7, 7, "exact")
+    assert (args.dice_loss_weight, args.conv_type, args.epochs, args.exp_name) == (4.0, "vicuna_v1", 20, "toy")
+
+
+def test_every_preset_resolves() -> None:
+    """Each published recipe is a complete set of flags."""
+    from model import PRESETS
+
+    for name, preset in PRESETS.items():
+        args = TrainArgs.resolve({"preset": name}, preset)
+        assert args.mixture()
+        assert args.num_points == preset.sasp.num_points
+        assert args.dice_loss_weight == preset.train.get("dice_loss_weight", preset.loss.dice)
+
+
+def test_a_preset_cannot_set_what_is_no_flag() -> None:
+    """A typing error in a recipe is found, not ignored."""
+    from model import PRESETS
+
+    preset = SimpleNamespace(**{**vars(PRESETS["mini"]), "train": {"learning_rate": 1.0}})
+    with pytest.raises(ValueError, match="learning_rate"):
+        TrainArgs.resolve({}, preset)
+
+
+def test_rates_must_match_the_data_sets() -> None:
+    """The original's own default, three rates for four data sets, died deep inside NumPy."""
+    with pytest.raises(ValueError, match="4 data sets .* 3 rates"):
+        TrainArgs(sample_rates="9,3,3")
+    assert TrainArgs(dataset="reason_seg||refer_seg", sample_rates="10,1").mixture() == [
+        ("reason_seg", 10.0),
+        ("refer_seg", 1.0),
+    ]
+
+
+def test_all_complaints_come_at_once() -> None:
+    """One run of the command shows everything that is wrong with it."""
+    with pytest.raises(ValueError) as error:
+        TrainArgs(precision="int8", batch_size=0, conv_type="alpaca", sample_rates="x")
+    for word in ("--precision", "--batch_size", "--conv_type", "--sample_rates"):
+        assert word in str(error.value)
+
+
+def test_settings_survive_the_round_trip_through_json(tmp_path: Path) -> None:
+    """What a run saved is what merging and evaluation read."""
+    args = TrainArgs(lora_r=64, sasp=False, t_pos=0.6, time_limit_s=12.5, exp_name="x")
+    args.save(tmp_path / "config.json", command=["train_read.py"])
+    assert TrainArgs.load(tmp_path) == args
+    assert json.loads((tmp_path / "config.json").read_text())["command"] == ["train_read.py"]
+    with pytest.raises(FileNotFoundError, match="not a training run"):
+        TrainArgs.load(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("command", [["train_read.py"], ["-m", "utils.merge_lora"], ["test_read.py"], ["demo.py"]])
+def test_help_is_quick(command: list[str]) -> None:
+    """`--help` is answered before torch is imported."""
+    probe = (
+        "import sys, runpy; sys.argv = {argv}\n"
+        "try:\n    {run}\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    target = command[-1]
+    run = (
+        f"runpy.run_module({target!r}, run_name='__main__')"
+        if "-m" in command
+        else f"runpy.run_path({target!r}, run_name='__main__')"
+    )
+    code = probe.format(argv=[target, "--help"], run=run)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout

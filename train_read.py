@@ -1,0 +1,501 @@
+"""Trains READ: parse, seed, build, resume, loop, save.
+
+    python train_read.py --preset mini                              one process, with or without a GPU
+    deepspeed --num_gpus 8 train_read.py --preset read-7b-val ...   one process a GPU (on a CPU: processes over gloo)
+    python train_read.py --preset mini --eval_only                  validation alone: no training data, no optimiser
+
+DeepSpeed ZeRO-2 with the published settings (protocol §3). A run lives in LOG_BASE_DIR/EXP_NAME:
+
+    config.json    the resolved settings; merging and evaluation read them back
+    processor/     tokenizer and image settings, for merging
+    log.jsonl, events.*    losses and scores: as JSON lines, and for TensorBoard
+    ckpt_model/    DeepSpeed checkpoints `step<N>`: the last and the best, no others
+    best.json      which of them is the best (by cIoU), and its scores
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.args import CONFIG_NAME, TrainArgs, parse_flags
+
+if TYPE_CHECKING:
+    import torch
+
+    from model import READForCausalLM, READProcessor
+    from utils.distributed import World
+    from utils.runlog import RunLog
+
+TERMS = ("loss", "ce_loss", "bce_loss", "dice_loss", "sim_loss")
+"""Scalars of READOutput that are logged and watched."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The story; see the module's docstring."""
+    given = parse_flags(argv)  # `--help` ends here, before anything heavy is imported
+    from model import get_preset
+    from utils import distributed
+    from utils.runlog import RunLog, setup_logging
+
+    try:
+        args = TrainArgs.resolve(given, get_preset(given["preset"]) if given.get("preset") else None)
+    except ValueError as error:
+        raise SystemExit(f"train_read.py: {error}") from error
+    world = distributed.start(engine=not args.eval_only)
+    if args.precision == "fp16" and world.device.type == "cpu" and not args.eval_only:
+        raise SystemExit(
+            "train_read.py: DeepSpeed trains in fp16 on a GPU only; on this machine take --precision bf16 or fp32"
+        )
+    setup_logging(world.is_main)
+    if not args.eval_only:
+        prepare_run_folder(args, world)
+    log = RunLog(args.run_dir, world.is_main)
+    try:
+        distributed.seed_everything(args.seed)  # the same on all ranks: new weights must agree
+        model, processor = build_model(args, world, log)
+        if args.eval_only:
+            validate(args, model, processor, world, log, step=0)
+            return
+        model.train()
+        engine = build_engine(args, model, world)
+        resume(args, engine, log)
+        distributed.seed_everything(args.seed + 1000 * engine.global_steps + world.rank)  # dropout differs by rank
+        train(args, engine, processor, world, log)
+    finally:
+        log.close()
+        distributed.stop()
+
+
+# ------------------------------------------------------------------------------------------------ build
+
+
+def prepare_run_folder(args: TrainArgs, world: World) -> None:
+    """Makes the run's folder and saves the settings; never mixes two runs or changes a model's shape under way."""
+    from utils import distributed
+
+    run = args.run_dir
+    found = (run / "ckpt_model" / "latest").is_file()
+    if found and not (args.overwrite or args.auto_resume or args.resume):
+        raise FileExistsError(
+            f"{run} holds an earlier run: continue it with --auto_resume, delete it with --overwrite, "
+            "or give this one another --exp_name"
+        )
+    source = Path(args.resume) if args.resume else run
+    if args.resume or (args.auto_resume and found):
+        check_same_model(args, TrainArgs.load(source), source)
+    distributed.barrier()  # everyone has looked before the first one writes
+    if world.is_main:
+        if args.overwrite and run.exists():
+            shutil.rmtree(run)
+        run.mkdir(parents=True, exist_ok=True)
+        args.save(run / CONFIG_NAME, command=sys.argv, world_size=world.size, versions=package_versions())
+    distributed.barrier()
+
+
+def check_same_model(args: TrainArgs, before: TrainArgs, source: Path) -> None:
+    """Refuses to load a checkpoint into a model of another shape or onto another base."""
+    names = ("version", "precision", "lora_r", "lora_alpha", "lora_target_modules", "train_mask_decoder")
+    changed = [
+        f"--{name} was {getattr(before, name)!r}, is {getattr(args, name)!r}"
+        for name in names
+        if getattr(before, name) != getattr(args, name)
+    ]
+    if changed:
+        raise ValueError(f"the checkpoint of {source} does not fit these settings:\n" + "\n".join(changed))
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")}
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """bf16, fp16 or fp32 as torch calls them."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCausalLM, READProcessor]:
+    """The base with this run's SasP and loss; for training with LoRA on, frozen and freed parts reported."""
+    from model import READForCausalLM, READProcessor, add_lora, set_trainable
+
+    model = READForCausalLM.from_pretrained(
+        args.version,
+        dtype=torch_dtype(args.precision),
+        attn_implementation=args.attn_implementation,
+        vision_tower=args.vision_tower,
+        sam_checkpoint=args.vision_pretrained,
+    )
+    args.configure(model.config)
+    processor = READProcessor.from_pretrained(args.version, vision_tower=args.vision_tower)
+    log.say(f"base: {args.version}, {args.precision}, {model.config.sasp}")
+    if not args.eval_only:
+        add_lora(model, **args.lora())
+        report = set_trainable(model, args.train_mask_decoder)
+        if world.is_main:
+            (args.run_dir / "trainable.txt").write_text(report + "\n")
+            processor.save_pretrained(args.run_dir / "processor")
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+    return model.to(world.device), processor
+
+
+def build_engine(args: TrainArgs, model: READForCausalLM, world: World) -> Any:
+    """The DeepSpeed engine; only what trains is handed to the optimiser."""
+    import deepspeed
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = deepspeed_config(args, sum(parameter.numel() for parameter in trained))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+    return engine
+
+
+def deepspeed_config(args: TrainArgs, trained: int) -> dict[str, Any]:
+    """ZeRO-2, AdamW and WarmupDecayLR as published (§3). `trained` elements: a larger bucket would be waste."""
+    bucket = min(args.bucket_size, trained)
+    return {
+        "train_micro_batch_size_per_gpu": args.batch_size,
+        "gradient_accumulation_steps": args.grad_accumulation_steps,
+        "gradient_clipping": 1.0,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": args.lr,
+                "betas": (args.beta1, args.beta2),
+                "weight_decay": 0.0,
+                "torch_adam": True,  # the same numbers as DeepSpeed's own, which needs a compiler at run time
+            },
+        },
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {
+                "total_num_steps": args.epochs * args.steps_per_epoch,
+                "warmup_min_lr": 0,
+                "warmup_max_lr": args.lr,
+                "warmup_num_steps": args.warmup_steps,
+                "warmup_type": "linear",
+            },
+        },
+        "bf16": {"enabled": args.precision == "bf16"},
+        "fp16": {"enabled": args.precision == "fp16"},
+        "zero_optimization": {
+            "stage": 2,
+            "contiguous_gradients": True,
+            "overlap_comm": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "steps_per_print": sys.maxsize,
+    }
+
+
+class EpochSampler:
+    """This rank's keys (epoch, index) of the mixture, in order: r, r + size, r + 2 size, ...
+
+    A mixture maps (seed, epoch, index) to a sample, so ranks differ by index, a run repeats, and a run that is resumed
+    in mid-epoch goes on with the next sample. The original drew the same samples on every rank (§8-19).
+    """
+
+    def __init__(self, batches: int, batch_size: int, rank: int, size: int) -> None:
+        self.count = batches * batch_size
+        self.batch_size, self.rank, self.size = batch_size, rank, size
+        self.epoch = self.skipped = 0
+
+    def start_at(self, epoch: int, batches_done: int) -> None:
+        """The next iteration is of this epoch, without its first batches."""
+        self.epoch, self.skipped = epoch, batches_done * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for i in range(self.skipped, self.count):
+            yield self.epoch, self.rank + i * self.size
+
+    def __len__(self) -> int:
+        return self.count - self.skipped
+
+
+class KeyedMixture:
+    """A data set over keys (epoch, index): workers that outlive an epoch need not be told of the next."""
+
+    def __init__(self, mixture: Any) -> None:
+        self.mixture = mixture
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        return self.mixture.sample(*key)
+
+
+def build_loader(args: TrainArgs, processor: READProcessor, world: World) -> Any:
+    """Batches of the training mixture for this rank."""
+    from torch.utils.data import DataLoader
+
+    from dataset import build_train
+    from dataset.collate import collate
+
+    names, rates = zip(*args.mixture(), strict=True)
+    mixture = build_train(
+        list(names),
+        list(rates),
+        args.dataset_dir,
+        seed=args.seed,
+        num_classes_per_sample=args.num_classes_per_sample,
+        sem_seg_data=args.sem_seg_data,
+        refer_seg_data=args.refer_seg_data,
+        neg_refer_seg_data=args.neg_refer_seg_data,
+        correct_refer_seg_data=args.correct_refer_seg_data,
+        vqa_data=args.vqa_data,
+        reason_seg_data=args.reason_seg_data,
+    )
+    batches = args.steps_per_epoch * args.grad_accumulation_steps
+    return DataLoader(
+        KeyedMixture(mixture),
+        batch_size=args.batch_size,
+        sampler=EpochSampler(batches, args.batch_size, world.rank, world.size),
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        collate_fn=partial(
+            collate,
+            processor=processor,
+            training=True,
+            padding="right",
+            model_max_length=args.model_max_length,
+            conv_type=args.conv_type,
+        ),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ loop
+
+
+def train(args: TrainArgs, engine: Any, processor: READProcessor, world: World, log: RunLog) -> None:
+    """Epochs of training, each followed by validation and a checkpoint, until the steps or the time are used up."""
+    loader = build_loader(args, processor, world)
+    budget = Budget(args, world)
+    best = read_best(args.run_dir)
+    while engine.global_steps < args.epochs * args.steps_per_epoch and not budget.spent(engine.global_steps):
+        train_epoch(args, engine, loader, budget, world, log)
+        scores = None
+        if not args.no_eval:
+            scores = validate(args, engine.module, processor, world, log, engine.global_steps)
+            engine.module.train()
+        best = save_checkpoint(args, engine, scores, best, world, log)
+    log.say(
+        f"done: {engine.global_steps} steps in {budget.elapsed():.0f} s; best checkpoint {best['tag'] if best else '-'}"
+    )
+
+
+class Budget:
+    """How much of the run is left, in steps and by the clock. All ranks hear the main process's clock."""
+
+    def __init__(self, args: TrainArgs, world: World) -> None:
+        self.args, self.device = args, world.device
+        self.begin = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds since the loop began, the same number on every rank."""
+        from utils import distributed
+
+        return distributed.from_main(time.monotonic() - self.begin, self.device)
+
+    def spent(self, step: int) -> bool:
+        """True once --max_steps or --time_limit_s is reached."""
+        if self.args.max_steps is not None and step >= self.args.max_steps:
+            return True
+        return self.args.time_limit_s is not None and self.elapsed() >= self.args.time_limit_s
+
+    def cap_learning_rate(self, optimizer: Any) -> None:
+        """Under --time_limit_s the learning rate falls to 0 by the clock where that is sooner than by the steps.
+
+        Else a slow machine would stop at a high rate and give a worse model than it could.
+        """
+        if self.args.time_limit_s is None:
+            return
+        left = max(0.0, 1 - self.elapsed() / self.args.time_limit_s)
+        for group in optimizer.param_groups:
+            group["lr"] = min(group["lr"], self.args.lr * left)
+
+
+def train_epoch(args: TrainArgs, engine: Any, loader: Any, budget: Budget, world: World, log: RunLog) -> None:
+    """Trains to the end of the epoch that the engine is in, or until the budget is spent."""
+    from tqdm import tqdm
+
+    from utils.runlog import Averages
+
+    epoch, done = divmod(engine.global_steps, args.steps_per_epoch)
+    loader.sampler.start_at(epoch, done * args.grad_accumulation_steps)
+    recent, whole = Averages(TERMS), Averages(TERMS)
+    dtype = torch_dtype(args.precision)
+    since, since_step = time.monotonic(), engine.global_steps
+    bar = tqdm(
+        total=args.steps_per_epoch,
+        initial=done,
+        desc=f"epoch {epoch + 1}/{args.epochs}",
+        unit="step",
+        disable=not log.is_main,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
+    with contextlib.closing(bar):
+        for batch in loader:
+            batch = batch.to(world.device, dtype)
+            output = engine(**batch.model_inputs())
+            values = check_finite(output, batch, engine.global_steps)
+            recent.add(values)
+            whole.add(values)
+            engine.backward(output.loss)
+            boundary = engine.is_gradient_accumulation_boundary()
+            engine.step()
+            if not boundary:
+                continue
+            step = engine.global_steps
+            bar.update()
+            budget.cap_learning_rate(engine.optimizer)
+            if step % args.print_freq == 0:
+                means = mean_over_ranks(recent, world)
+                speed = (time.monotonic() - since) / (step - since_step)
+                since, since_step = time.monotonic(), step
+                bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()}, refresh=False)
+                norm = engine.get_global_grad_norm()
+                log.record(
+                    "train",
+                    step,
+                    {**means, "lr": engine.get_lr()[0], "grad_norm": float(norm or 0), "s_per_step": speed},
+                )
+                recent.reset()
+            if budget.spent(step):
+                break
+    means = mean_over_ranks(whole, world)
+    log.say(f"step {engine.global_steps}: mean of the epoch " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))
+
+
+def check_finite(output: Any, batch: Any, step: int) -> dict[str, float | None]:
+    """The loss terms as numbers.
+
+    Raises:
+        FloatingPointError: one is NaN or infinite; the message names the term and the samples.
+    """
+    import torch
+
+    present = [name for name in TERMS if getattr(output, name) is not None]
+    numbers = torch.stack([getattr(output, name).detach().float() for name in present]).tolist()  # one wait for the GPU
+    bad = [f"{name} = {value}" for name, value in zip(present, numbers, strict=True) if not math.isfinite(value)]
+    if bad:
+        samples = [f"  {sample.image_path}: {sample.questions}" for sample in batch.samples]
+        raise FloatingPointError(
+            f"after step {step}: {', '.join(bad)}. This has not reached the weights; the last checkpoint is "
+            "good. With fp16 try bf16, else a lower --lr. The samples of the batch:\n" + "\n".join(samples)
+        )
+    return dict.fromkeys(TERMS) | dict(zip(present, numbers, strict=True))
+
+
+def mean_over_ranks(averages: Any, world: World) -> dict[str, float]:
+    """Means over the steps and ranks."""
+    import torch
+
+    from utils import distributed
+
+    totals = torch.tensor(averages.totals(), dtype=torch.float64, device=world.device)
+    return averages.means(distributed.sum_over_ranks(totals).tolist())
+
+
+def validate(
+    args: TrainArgs, model: READForCausalLM, processor: READProcessor, world: World, log: RunLog, step: int
+) -> dict[str, Any]:
+    """gIoU and cIoU on --val_dataset with the answers forced (§5); the model is left in evaluation mode."""
+    from dataset import build_eval
+    from utils.evaluate import evaluate
+
+    data = build_eval(args.val_dataset, args.val_split, args.dataset_dir, protocol="forced")
+    model.eval()
+    scores = evaluate(model, processor, data, protocol="forced", rank=world.rank, world=world.size)
+    numbers = {name: value for name, value in scores.items() if isinstance(value, int | float)}
+    log.record("val", step, numbers)
+    log.say(
+        f"{args.val_dataset}|{args.val_split}, answers forced, after step {step}: "
+        + ", ".join(
+            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items()
+        )
+    )
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------ save and resume
+
+
+def read_best(run: Path) -> dict[str, Any] | None:
+    """The record of the best checkpoint so far."""
+    file = run / "best.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def save_checkpoint(
+    args: TrainArgs, engine: Any, scores: dict[str, Any] | None, best: dict[str, Any] | None, world: World, log: RunLog
+) -> dict[str, Any]:
+    """Writes checkpoint `step<N>`, points best.json to it if its cIoU is the best, then deletes all but last and best.
+
+    Nothing old goes before the new is complete. Without validation the last is the best. Returns the best's record.
+    """
+    from utils import distributed
+
+    tag = f"step{engine.global_steps}"
+    folder = args.run_dir / "ckpt_model"
+    engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=not args.save_frozen)
+    ciou = scores["ciou"] if scores else None
+    record = {
+        "tag": tag,
+        "step": engine.global_steps,
+        "ciou": ciou,
+        "giou": scores["giou"] if scores else None,
+        "val_dataset": f"{args.val_dataset}|{args.val_split}" if scores else None,
+        "protocol": "forced" if scores else None,
+    }
+    if ciou is None or best is None or best["ciou"] is None or not ciou <= best["ciou"]:
+        best = record
+        log.say(f"checkpoint {folder / tag}: the best so far" if scores else f"checkpoint {folder / tag}")
+    if world.is_main:
+        partial = args.run_dir / "best.json.partial"
+        partial.write_text(json.dumps(best, indent=2) + "\n")
+        partial.replace(args.run_dir / "best.json")
+        for old in folder.glob("step*"):
+            if old.name not in (tag, best["tag"]):
+                shutil.rmtree(old)
+    distributed.barrier()
+    return best
+
+
+def resume(args: TrainArgs, engine: Any, log: RunLog) -> None:
+    """Continues from --resume's last checkpoint, or with --auto_resume from this run's own if there is one."""
+    folder = (Path(args.resume) if args.resume else args.run_dir) / "ckpt_model"
+    if not args.resume and not (args.auto_resume and (folder / "latest").is_file()):
+        return
+    if not (folder / "latest").is_file():
+        raise FileNotFoundError(f"nothing to resume in {folder}: it has no file `latest`")
+    path, _ = engine.load_checkpoint(str(folder), load_module_strict=False, custom_load_fn=load_trained)
+    log.say(f"resumed {path} after step {engine.global_steps}")
+
+
+def load_trained(src: dict[str, torch.Tensor], dst: READForCausalLM) -> None:
+    """Loads a checkpoint that may leave out frozen weights, but not one that trains.
+
+    Raises:
+        ValueError: with the keys that are missing or unexpected.
+    """
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    lost = sorted(trained & set(missing))
+    if lost or unexpected:
+        raise ValueError(f"the checkpoint does not fit this model; missing: {lost}; unexpected: {sorted(unexpected)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Fine-tunes READ:  bash train_read.sh PRESET [flags of train_read.py]
+#
+#   bash train_read.sh mini                              READ-mini from assets/read-mini-base, minutes on two cores
+#   bash train_read.sh read-7b-val --version see-say-segment/SESAME_LLAVA1.5-7B --dataset_dir ./data
+#   NUM_PROCS=2 bash train_read.sh mini                  two processes, on GPUs or on a CPU
+#
+# With several GPUs, or with NUM_PROCS, the deepspeed launcher starts one process on each; else it is plain python.
+# `bash train_read.sh mini --help` lists the flags, model/presets.py what each preset sets. Paths count from here.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+preset=${1:?usage: bash train_read.sh PRESET [flags]}
+gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)}
+count=$(tr ', ' '\n\n' <<<"$gpus" | grep -c . || true)
+launch=(python)
+if [ "${NUM_PROCS:-$count}" -gt 1 ]; then
+  launch=(python -m deepspeed.launcher.runner ${NUM_PROCS:+--num_gpus "$NUM_PROCS"} --master_port "${MASTER_PORT:-29500}")
+fi
+if [ "$count" -eq 0 ]; then
+  export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+fi
+
+"${launch[@]}" train_read.py --preset "$preset" "${@:2}"

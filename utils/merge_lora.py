@@ -1,0 +1,197 @@
+"""Turns a training run into a model: `python -m utils.merge_lora RUN OUT [--tag best|last|step<N>]`.
+
+DeepSpeed's shards of the chosen checkpoint become float32 weights; these are loaded strictly over the base that the run
+was trained from; LoRA is folded in; OUT receives weights, config, tokenizer and processor, and so stands on its own.
+Base, LoRA rank, alpha and targets come from RUN/config.json. The shards stay, unless --delete_shards asks otherwise and
+the folder just written has been loaded again.
+
+This is an entry script: it alone in `utils` knows the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.args import TrainArgs
+
+if TYPE_CHECKING:
+    import torch
+
+    from model import READForCausalLM
+
+log = logging.getLogger(__name__)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m utils.merge_lora", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a training run (config.json, ckpt_model)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("--tag", default="best", help="checkpoint: best, last, or a folder name of RUN/ckpt_model")
+    parser.add_argument("--fp32", type=Path, help="weights converted by zero_to_fp32.py (file, or folder of shards)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the weights in OUT (default: the run's)"
+    )
+    parser.add_argument("--layout", choices=("read", "released"), default="read", help="ours, or the original's")
+    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace OUT")
+    parser.add_argument(
+        "--delete_shards", action=argparse.BooleanOptionalAction, default=False,
+        help="delete RUN/ckpt_model once OUT has been written and loaded again",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Merges; see the module's docstring."""
+    options = build_parser().parse_args(argv)
+    from utils.runlog import setup_logging
+
+    setup_logging()
+    args = TrainArgs.load(options.run)
+    check_out(options.out, options.overwrite)
+
+    import torch
+
+    from model import READForCausalLM, READProcessor, merge_lora
+
+    source = options.fp32 or checkpoint_folder(options.run, options.tag)
+    trained = read_fp32(options.fp32) if options.fp32 else read_shards(source)
+    model = build_trained_model(args, trained)
+    if args.lora_r > 0:
+        merge_lora(model)
+    model.to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype or args.precision])
+
+    partial = options.out.with_name(options.out.name + ".partial")
+    if partial.exists():  # a merge that was interrupted; its name says that nobody relies on it
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial, layout=options.layout)
+    READProcessor.from_pretrained(options.run / "processor").save_pretrained(partial)
+    record = {"run": str(options.run), "checkpoint": str(source), "base": args.version, "preset": args.preset}
+    (partial / "merged_from.json").write_text(json.dumps(record, indent=2) + "\n")
+    if options.overwrite and options.out.exists():
+        shutil.rmtree(options.out)
+    partial.rename(options.out)
+    log.info("merged %s over %s into %s", source, args.version, options.out)
+
+    if options.delete_shards:
+        again = READForCausalLM.from_pretrained(options.out, vision_tower=args.vision_tower)
+        differing = [k for k, v in again.state_dict().items() if not torch.equal(v, model.state_dict()[k].to(v.dtype))]
+        if differing:
+            raise RuntimeError(f"{options.out} does not read back as written ({differing}); the shards were kept")
+        shutil.rmtree(options.run / "ckpt_model")
+        log.info("deleted %s", options.run / "ckpt_model")
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds something, whole or half.
+
+    Raises:
+        FileExistsError: with what to do.
+    """
+    if overwrite or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    whole = (out / "config.json").is_file() and (any(out.glob("*.safetensors")) or any(out.glob("*.bin")))
+    what = "a model already" if whole else "something that is no complete model (an interrupted copy?)"
+    raise FileExistsError(f"{out} holds {what}: choose another OUT, or replace it with --overwrite")
+
+
+def checkpoint_folder(run: Path, tag: str) -> Path:
+    """The DeepSpeed checkpoint that a tag means: best and last by the run's own records, else by name.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists those there are.
+    """
+    root = run / "ckpt_model"
+    name: str | None = tag
+    if tag == "best":
+        name = json.loads((run / "best.json").read_text())["tag"] if (run / "best.json").is_file() else None
+    elif tag == "last":
+        name = (root / "latest").read_text().strip() if (root / "latest").is_file() else None
+    if name is None or not (root / name).is_dir():
+        there = sorted(p.name for p in root.glob("*") if p.is_dir()) or ["none"]
+        raise FileNotFoundError(f"{run} has no checkpoint {tag!r}; in {root} there are: {', '.join(there)}")
+    return root / name
+
+
+def read_shards(folder: Path) -> dict[str, torch.Tensor]:
+    """Float32 weights of a ZeRO checkpoint by module name: what trained, and what else it holds.
+
+    In memory, by DeepSpeed's own function: that its converter writes shards since 0.15.2 is no matter here.
+    """
+    from utils.distributed import choose_accelerator
+
+    choose_accelerator()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells its life to stdout
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
+
+
+def read_fp32(path: Path) -> dict[str, torch.Tensor]:
+    """Weights that DeepSpeed's zero_to_fp32.py wrote: one file, or a folder with one file or with shards and index."""
+    import torch
+    from safetensors.torch import load_file
+
+    if path.is_dir():
+        index = next(iter(sorted(path.glob("*.index.json"))), None)
+        if index is not None:
+            files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = sorted(path.glob("*.bin")) + sorted(path.glob("*.safetensors"))
+            if len(files) != 1:
+                raise FileNotFoundError(f"{path} holds {len(files)} weight files and no index: one of either is needed")
+    else:
+        files = [path]
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing")
+        if file.suffix == ".safetensors":
+            weights |= load_file(file)
+        else:
+            weights |= torch.load(file, map_location="cpu", weights_only=True)
+    return weights
+
+
+def build_trained_model(args: TrainArgs, trained: dict[str, torch.Tensor]) -> READForCausalLM:
+    """The run's model in float32, LoRA still on: the base with everything that trained replaced.
+
+    Raises:
+        ValueError: a tensor that trained is missing, or one is unexpected or of another shape; all are listed.
+    """
+    import torch
+
+    from model import READForCausalLM, add_lora, set_trainable
+
+    model = READForCausalLM.from_pretrained(
+        args.version, dtype=torch.float32, vision_tower=args.vision_tower, sam_checkpoint=args.vision_pretrained
+    )
+    args.configure(model.config)
+    add_lora(model, **args.lora())
+    set_trainable(model, args.train_mask_decoder)
+    own = model.state_dict()
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    complaints = [f"missing: {name}" for name in sorted(wanted - set(trained))]
+    complaints += [f"unexpected: {name}" for name in sorted(set(trained) - set(own))]
+    complaints += [
+        f"{name}: {tuple(tensor.shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
+        for name, tensor in trained.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    if complaints:
+        raise ValueError("the checkpoint does not fit the settings of its run:\n" + "\n".join(complaints))
+    model.load_state_dict({**own, **trained}, strict=True)
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(main())

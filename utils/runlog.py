@@ -1,0 +1,110 @@
+"""What a run says: lines on the screen, curves for TensorBoard, and one JSON object a record in RUN/log.jsonl.
+
+Only the main process speaks; on other ranks every call does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints log lines without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def setup_logging(speaks: bool = True) -> None:
+    """Sends this project's log lines to the screen (only warnings on ranks that do not speak) and calms DeepSpeed."""
+    handler = _TqdmHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    for old in [old for old in root.handlers if isinstance(old, _TqdmHandler)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    for name in ("model", "dataset", "utils", "read"):
+        logging.getLogger(name).setLevel(logging.INFO if speaks else logging.WARNING)
+    calm = logging.getLogger("DeepSpeed")
+    calm.setLevel(logging.WARNING)
+    calm.propagate = False
+
+
+class RunLog:
+    """The voice of one run. With `folder` None (or on another rank than 0) nothing is written."""
+
+    def __init__(self, folder: Path | None, is_main: bool = True) -> None:
+        self.is_main = is_main
+        self._logger = logging.getLogger("read")
+        self._lines = None
+        self._curves = None
+        if folder is not None and is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lines = (folder / "log.jsonl").open("a")
+            self._curves = SummaryWriter(str(folder), flush_secs=30)
+
+    def say(self, text: str) -> None:
+        """One line (or more) on the screen."""
+        if self.is_main:
+            self._logger.info("%s", text)
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Keeps the numbers of one moment: `kind` is train, val, ...; `step` counts optimiser steps."""
+        if self._lines is None:
+            return
+        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
+        self._lines.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 1), **clean}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._curves.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes curves and lines."""
+        if self._lines is not None:
+            self._lines.close()
+            self._curves.close()
+            self._lines = self._curves = None
+
+
+class Averages:
+    """Means of named values over the steps since the last reset; the sums can be added up over ranks.
+
+    A value that does not occur in a step (a loss term that is off) does not count into its mean.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._sums = dict.fromkeys(self.names, 0.0)
+        self._counts = dict.fromkeys(self.names, 0)
+
+    def add(self, values: dict[str, float | None]) -> None:
+        """Counts one step."""
+        for name, value in values.items():
+            if value is not None:
+                self._sums[name] += value
+                self._counts[name] += 1
+
+    def totals(self) -> list[float]:
+        """Sums, then counts: what ranks add up."""
+        return [*self._sums.values(), *map(float, self._counts.values())]
+
+    def means(self, totals: list[float]) -> dict[str, float]:
+        """Mean of each value that occurred, from totals added up over ranks."""
+        sums, counts = totals[: len(self.names)], totals[len(self.names) :]
+        return {name: s / c for name, s, c in zip(self.names, sums, counts, strict=True) if c}
