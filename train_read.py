@@ -139,7 +139,14 @@ def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCaus
         sam_checkpoint=args.vision_pretrained,
     )
     args.configure(model.config)
-    processor = READProcessor.from_pretrained(args.version, vision_tower=args.vision_tower)
+    processor = READProcessor.from_pretrained(
+        args.version,
+        vision_tower=args.vision_tower,
+        base=not args.eval_only,  # what trains may start from a base without READ's tokens
+        sam_image_size=model.config.sam.image_size,
+        num_patches=model.config.num_patches,
+        conv_type=args.conv_type,
+    )
     log.say(f"base: {args.version}, {args.precision}, {model.config.sasp}")
     if not args.eval_only:
         add_lora(model, **args.lora())
@@ -283,13 +290,15 @@ def train(args: TrainArgs, engine: Any, processor: READProcessor, world: World, 
     loader = build_loader(args, processor, world)
     budget = Budget(args, world)
     best = read_best(args.run_dir)
-    while engine.global_steps < args.epochs * args.steps_per_epoch and not budget.spent(engine.global_steps):
+    over = budget.steps_spent(engine.global_steps)
+    while not over:
         train_epoch(args, engine, loader, budget, world, log)
         scores = None
         if not args.no_eval:
             scores = validate(args, engine.module, processor, world, log, engine.global_steps)
             engine.module.train()
         best = save_checkpoint(args, engine, scores, best, world, log)
+        over = budget.spent(engine.global_steps)
     log.say(
         f"done: {engine.global_steps} steps in {budget.elapsed():.0f} s; best checkpoint {best['tag'] if best else '-'}"
     )
@@ -308,9 +317,14 @@ class Budget:
 
         return distributed.from_main(time.monotonic() - self.begin, self.device)
 
+    def steps_spent(self, step: int) -> bool:
+        """True once all epochs are done, or --max_steps."""
+        total = self.args.epochs * self.args.steps_per_epoch
+        return step >= (total if self.args.max_steps is None else min(total, self.args.max_steps))
+
     def spent(self, step: int) -> bool:
-        """True once --max_steps or --time_limit_s is reached."""
-        if self.args.max_steps is not None and step >= self.args.max_steps:
+        """True once the steps are done or --time_limit_s is over."""
+        if self.steps_spent(step):
             return True
         return self.args.time_limit_s is not None and self.elapsed() >= self.args.time_limit_s
 

@@ -29,7 +29,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from utils.conversation import IMAGE_TOKEN_INDEX
 from utils.tokenizer import add_read_tokens, load_tokenizer
 
-from .config import READConfig
+from .config import READConfig, SamConfig
 from .presets import get_preset
 from .sam import infer_sam_config
 
@@ -267,6 +267,23 @@ def _tower_folder(tower: str, folder: Path) -> Path:
         return resolve_folder(tower)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. It is the vision tower of {folder}: give one with --vision_tower") from error
+
+
+def tower_of(folder: Path, vision_tower: str | Path | None = None) -> Path:
+    """Folder of the CLIP tower of a checkpoint: `vision_tower`, or what its config names."""
+    fields = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    tower = vision_tower or fields.get("mm_vision_tower") or fields.get("vision_tower")
+    if not tower:
+        raise CheckpointError(f"{folder} names no vision tower: give one with --vision_tower")
+    return _tower_folder(str(tower), folder)
+
+
+def sam_image_size(folder: Path) -> int:
+    """Side of SAM's square in a checkpoint folder: from its tensors, or that of the published models for a base."""
+    shapes = read_shapes(weight_files(folder))
+    prefix = "model.visual_model."
+    own = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+    return infer_sam_config(own).image_size if own else SamConfig().image_size
 
 
 # ------------------------------------------------------------------------------------------------ completing a base

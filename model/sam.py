@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-from .config import SamConfig
+from utils.image import SAM_PIXEL_MEAN, SAM_PIXEL_STD
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
+from .config import SamConfig
 
 
 def build_sam(config: SamConfig) -> Sam:
@@ -49,8 +48,8 @@ def build_sam(config: SamConfig) -> Sam:
             iou_head_depth=3,
             iou_head_hidden_dim=256,
         ),
-        pixel_mean=list(PIXEL_MEAN),
-        pixel_std=list(PIXEL_STD),
+        pixel_mean=list(SAM_PIXEL_MEAN),
+        pixel_std=list(SAM_PIXEL_STD),
     )
 
 

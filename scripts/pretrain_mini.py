@@ -171,7 +171,7 @@ def build_tokenizer(folder: Path, seed: int) -> None:
 
 def build_model(folder: Path) -> tuple[READForCausalLM, READProcessor]:
     """READ-mini with random weights, and its processor."""
-    from transformers import CLIPImageProcessor
+    from transformers import CLIPImageProcessorPil
 
     tokenizer = load_tokenizer(folder)
     seg, im_start, im_end = add_read_tokens(tokenizer)
@@ -194,7 +194,7 @@ def build_model(folder: Path) -> tuple[READForCausalLM, READProcessor]:
         sasp=preset.sasp, loss=LossConfig(sim=1.0), seg_token_id=seg, im_start_id=im_start, im_end_id=im_end,
         conv_type=preset.conv_type,
     )  # fmt: skip
-    clip_processor = CLIPImageProcessor(
+    clip_processor = CLIPImageProcessorPil(
         size={"shortest_edge": CLIP_SIZE}, crop_size={"height": CLIP_SIZE, "width": CLIP_SIZE}
     )
     processor = READProcessor(tokenizer, clip_processor, SAM_SIZE, config.num_patches, conv_type=preset.conv_type)

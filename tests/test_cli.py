@@ -152,7 +152,7 @@ def test_typed_flags_win_over_the_preset_and_the_preset_over_the_defaults() -> N
     preset = SimpleNamespace(name="toy", sasp=sasp, loss=loss, conv_type="vicuna_v1", train={"lr": 1e-4, "lora_r": 64})
     args = TrainArgs.resolve({"preset": "toy", "lora_r": 8, "t_pos": 0.7}, preset)
     assert (args.lr, args.lora_r, args.t_pos, args.num_points, args.geometry) == (1e-4, 8, 0.7, 7, "exact")
-    assert (args.dice_loss_weight, args.conv_type, args.epochs, args.exp_name) == (4.0, "vicuna_v1", 20, "toy")
+    assert (args.dice_loss_weight, args.conv_type, args.epochs, args.exp_name) == (4.0, "llava_v1", 20, "toy")
 
 
 def test_every_preset_resolves() -> None:

@@ -197,8 +197,8 @@ class TrainArgs:
         """Settings from the flags that were typed, over those of a `model.Preset`, over the defaults."""
         values: dict[str, Any] = {}
         if preset is not None:
-            values |= {"conv_type": preset.conv_type, "sasp": preset.sasp.enabled}
-            values |= {name: getattr(preset.sasp, name) for name in SASP_FLAGS}
+            # Not its conv_type: that is how a model is asked; the original trained all of them as llava_v1 (§1).
+            values |= {"sasp": preset.sasp.enabled} | {name: getattr(preset.sasp, name) for name in SASP_FLAGS}
             values |= {f"{name}_loss_weight": getattr(preset.loss, name) for name in LOSS_FLAGS}
             values |= preset.train
         values |= given

@@ -234,7 +234,7 @@ def expressions(scene: Scene, rng: np.random.Generator) -> list[Expression]:
     for target, thing in enumerate(scene.things):
         for parts in PARTS:
             if _matching(scene, _attributes(thing, parts)) == [target]:
-                found.append(Expression(f"the {_say(rng, thing, parts)}", target, "+".join(parts)))
+                found.append(Expression(_say(rng, thing, parts), target, "+".join(parts)))
         found += _extremes(scene, rng, target)
         found += _relations(scene, rng, target)
     order = rng.permutation(len(found))
@@ -254,7 +254,7 @@ def _extremes(scene: Scene, rng: np.random.Generator, target: int) -> list[Expre
         sign = -1 if side in ("left", "top") else 1
         if rivals and all(sign * (thing.centre[axis] - r.centre[axis]) >= CLEAR for r in rivals):
             phrase = templates[rng.integers(len(templates))].format(_say(rng, thing, ("name",)))
-            found.append(Expression(f"the {phrase}", target, "extreme"))
+            found.append(Expression(phrase, target, "extreme"))
     return found
 
 
@@ -271,7 +271,7 @@ def _relations(scene: Scene, rng: np.random.Generator, target: int) -> list[Expr
             own = PARTS[rng.integers(2)]
             rivals = [i for i in _matching(scene, _attributes(thing, own)) if i not in (target, anchor)]
             if not any(maybe_beside(scene.things[i], other, side) for i in rivals):
-                text = f"the {_say(rng, thing, own)} {words} the {_say(rng, other, parts)}"
+                text = f"{_say(rng, thing, own)} {words} the {_say(rng, other, parts)}"
                 found.append(Expression(text, target, "relation"))
     return found
 
@@ -299,22 +299,22 @@ def false_premises(scene: Scene, rng: np.random.Generator) -> list[FalsePremise]
         colours = [c for c in COLOURS if not _matching(scene, {"name": thing.name, "colour": c})]
         wrong = colours[rng.integers(len(colours))]
         if _matching(scene, {"name": thing.name, "colour": thing.colour}) == [target]:
-            text = f"the {_say(rng, thing, ('colour', 'name'))}"
-        found.append(FalsePremise(f"the {wrong} {_name(rng, thing.name)}", text))
+            text = _say(rng, thing, ("colour", "name"))
+        found.append(FalsePremise(f"{wrong} {_name(rng, thing.name)}", text))
         for anchor, other in enumerate(scene.things):
             alone = _matching(scene, {"name": other.name}) == [anchor] and _matching(scene, {"name": thing.name}) == [target]
             for side, words in SIDES.items():
                 opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[side]
                 if alone and anchor != target and beside(thing, other, opposite):
                     a, b = _name(rng, thing.name), _name(rng, other.name)
-                    found.append(FalsePremise(f"the {a} {words} the {b}", f"the {a} {SIDES[opposite]} the {b}"))
+                    found.append(FalsePremise(f"{a} {words} the {b}", f"{a} {SIDES[opposite]} the {b}"))
     absent = [name for name in NAMES if not _matching(scene, {"name": name})]
     if true:
         for name in rng.permutation(absent)[:2]:
             targets = list(true)
             target = targets[rng.integers(len(targets))]
             colour = f"{list(COLOURS)[rng.integers(len(COLOURS))]} " if rng.random() < 0.5 else ""
-            found.append(FalsePremise(f"the {colour}{_name(rng, str(name))}", true[target]))
+            found.append(FalsePremise(f"{colour}{_name(rng, str(name))}", true[target]))
     order = rng.permutation(len(found))
     return [found[i] for i in order]
 

@@ -1,0 +1,337 @@
+"""Training end to end: a tiny random model, a few ReasonSeg pictures, DeepSpeed on a CPU, one process and two."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from golden_dir import golden_dirs
+from PIL import Image
+
+import train_read
+from model import READForCausalLM, READProcessor, add_lora, merge_lora, set_trainable
+from train_read import EpochSampler, check_finite, deepspeed_config
+from utils import merge_lora as merge
+from utils.args import TrainArgs
+from utils.runlog import Averages
+
+ROOT = Path(__file__).resolve().parent.parent
+CKPT = next((f / "ckpt" for f in golden_dirs() if (f / "ckpt/read_tiny/config.json").is_file()), None)
+needs_ckpt = pytest.mark.skipif(CKPT is None, reason="no tiny checkpoint in the golden folder")
+
+
+def write_reason_seg(root: Path, splits: dict[str, int]) -> None:
+    """A ReasonSeg tree in the real format: noise with one bright rectangle, which is the target."""
+    rng = np.random.default_rng(0)
+    for split, count in splits.items():
+        folder = root / "reason_seg" / "ReasonSeg" / split
+        folder.mkdir(parents=True)
+        for i in range(count):
+            picture = rng.integers(0, 120, (48, 64, 3), dtype=np.uint8)
+            left, top = int(rng.integers(2, 30)), int(rng.integers(2, 20))
+            picture[top : top + 20, left : left + 25] = 230
+            Image.fromarray(picture).save(folder / f"{i}.jpg")
+            corners = [[left, top], [left + 25, top], [left + 25, top + 20], [left, top + 20]]
+            record = {
+                "text": ["the bright thing", "bright rectangle"],
+                "is_sentence": False,
+                "shapes": [{"label": "target", "points": corners}],
+                "false_premise_QA": [["a green dog", False, "There is no dog here."]],
+            }
+            (folder / f"{i}.json").write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a tiny ReasonSeg tree."""
+    root = tmp_path_factory.mktemp("data")
+    write_reason_seg(root, {"train": 4, "val": 2})
+    return root
+
+
+def flags(data: Path, runs: Path, name: str, **changed: object) -> list[str]:
+    """A command line for a few steps of training."""
+    values = {
+        "version": CKPT / "read_tiny", "vision_tower": CKPT / "clip_tiny", "precision": "fp32", "lora_r": 4,
+        "lora_dropout": 0.0, "num_points": 5, "down_sample": 1, "dataset": "reason_seg", "sample_rates": "1",
+        "dataset_dir": data, "log_base_dir": runs, "exp_name": name, "epochs": 2, "steps_per_epoch": 2, "batch_size": 2,
+        "lr": 0.01, "warmup_steps": 1, "workers": 0, "print_freq": 1, "seed": 3,
+    } | changed  # fmt: skip
+    line = [part for key, value in values.items() for part in (f"--{key}", str(value))]
+    return [*line, "--no-gradient_checkpointing"]
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs of two steps, in this process."""
+    runs = tmp_path_factory.mktemp("runs")
+    train_read.main(flags(data, runs, "tiny"))
+    return runs / "tiny"
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    """What a run logged of one kind."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+# ------------------------------------------------------------------------------------------------ end to end
+
+
+@needs_ckpt
+def test_run_leaves_what_it_promises(run: Path) -> None:
+    """Settings, log, curves, processor, and only the last and the best checkpoint."""
+    assert TrainArgs.load(run).lora_r == 4
+    assert [line["step"] for line in records(run, "train")] == [1, 2, 3, 4]
+    assert [line["step"] for line in records(run, "val")] == [2, 4]
+    assert all(math.isfinite(line["loss"]) for line in records(run, "train"))
+    best = json.loads((run / "best.json").read_text())
+    assert best["ciou"] == max(line["ciou"] for line in records(run, "val"))
+    there = {folder.name for folder in (run / "ckpt_model").glob("step*")}
+    assert there == {"step4", best["tag"]}
+    assert (run / "ckpt_model" / "latest").read_text() == "step4"
+    assert list(run.glob("events*"))
+    assert READProcessor.from_pretrained(run / "processor").seg_token_id == 32000
+    assert "SAM mask decoder" in (run / "trainable.txt").read_text()
+
+
+@needs_ckpt
+def test_only_what_trains_moves(run: Path) -> None:
+    """LoRA, embeddings, head, projection and mask decoder move; everything else is bit for bit the base."""
+    args = TrainArgs.load(run)
+    trained = merge.read_shards(run / "ckpt_model" / "step4")
+    base = READForCausalLM.from_pretrained(args.version, vision_tower=args.vision_tower)
+    add_lora(base, **args.lora())
+    set_trainable(base)
+    wanted = {name for name, p in base.named_parameters() if p.requires_grad}
+    assert {name for name in trained if name in dict(base.named_parameters())} == wanted, "frozen weights are not saved"
+    moved = {name for name in wanted if not torch.equal(trained[name], base.state_dict()[name])}
+    parts = ("lora_B", "embed_tokens", "lm_head", "text_hidden_fcs", "sam.mask_decoder")
+    assert all(any(part in name for name in moved) for part in parts)
+    # Read by nobody: SAM's other mask tokens have no loss, and its IoU head none either (§4-8 takes the first mask).
+    still = {name for name in wanted - moved if "iou_prediction_head" not in name and "hypernetworks_mlps" not in name}
+    assert not still
+
+    model = merge.build_trained_model(args, trained)
+    for name, parameter in model.named_parameters():
+        if name not in wanted:
+            assert torch.equal(parameter, base.state_dict()[name]), name
+
+
+@needs_ckpt
+def test_merged_model_answers_as_the_trained_one(run: Path, tmp_path: Path) -> None:
+    """Shards -> folder -> model: hidden states as with LoRA on. Whatever stands in OUT is never written over."""
+    out = tmp_path / "merged"
+    merge.main([str(run), str(out), "--tag", "last"])
+    assert (run / "ckpt_model" / "latest").is_file(), "the shards are kept"
+    merged = READForCausalLM.from_pretrained(out)
+    assert merged.config.sasp.num_points == 5
+    args = TrainArgs.load(run)
+    with_lora = merge.build_trained_model(args, merge.read_shards(run / "ckpt_model" / "step4")).eval()
+    assert with_lora.state_dict().keys() > merged.state_dict().keys()
+    ids = torch.tensor([[1, 5, 9, 32000, 7]])
+    with torch.no_grad():
+        a, b = (m.llava.model.language_model(input_ids=ids).last_hidden_state for m in (with_lora, merged))
+    assert torch.allclose(a, b, atol=1e-5)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge_lora(merged)
+    READProcessor.from_pretrained(out)
+
+    with pytest.raises(FileExistsError, match="a model already"):
+        merge.main([str(run), str(out)])
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="no complete model"):
+        merge.main([str(run), str(half)])
+    with pytest.raises(FileNotFoundError, match="step9.*there are: .*step4"):
+        merge.main([str(run), str(tmp_path / "new"), "--tag", "step9"])
+
+
+@needs_ckpt
+@pytest.mark.parametrize("shard", ["10GB", "2MB"])
+def test_weights_that_deepspeed_converted_merge_too(run: Path, tmp_path: Path, shard: str) -> None:
+    """DeepSpeed > 0.15.2 writes shards and an index where it wrote one file; the original's merge fails on them."""
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+
+    folder = tmp_path / "fp32"
+    convert_zero_checkpoint_to_fp32_state_dict(str(run / "ckpt_model"), str(folder), max_shard_size=shard, tag="step4")
+    assert (len(list(folder.glob("*.bin"))) > 1) == (shard == "2MB")
+    whole = merge.read_fp32(folder)
+    direct = merge.read_shards(run / "ckpt_model" / "step4")
+    assert whole.keys() == direct.keys()
+    assert all(torch.equal(whole[name], direct[name]) for name in whole)
+
+
+@needs_ckpt
+def test_incomplete_shards_are_refused(run: Path) -> None:
+    """All that is wrong is listed: a tensor that trained and is missing, an unknown one, one of another shape."""
+    trained = merge.read_shards(run / "ckpt_model" / "step4")
+    lost = next(name for name in trained if "lora_A" in name)
+    del trained[lost]
+    trained["nobody.weight"] = torch.zeros(1)
+    trained["llava.lm_head.weight"] = torch.zeros(3, 3)
+    with pytest.raises(ValueError) as error:
+        merge.build_trained_model(TrainArgs.load(run), trained)
+    for part in (f"missing: {lost}", "unexpected: nobody.weight", "llava.lm_head.weight: (3, 3)"):
+        assert part in str(error.value)
+
+
+@needs_ckpt
+def test_resuming_continues_as_if_never_stopped(data: Path, run: Path, tmp_path: Path) -> None:
+    """Stopped in mid-epoch by --max_steps and resumed, a run ends with the weights of one that went through."""
+    train_read.main([*flags(data, tmp_path, "tiny"), "--max_steps", "1", "--no_eval"])
+    assert (tmp_path / "tiny" / "ckpt_model" / "latest").read_text() == "step1"
+    with pytest.raises(FileExistsError, match="--auto_resume"):
+        train_read.main(flags(data, tmp_path, "tiny"))
+    with pytest.raises(ValueError, match="lora_r was 4, is 8"):
+        train_read.main([*flags(data, tmp_path, "tiny", lora_r=8), "--auto_resume"])
+    train_read.main([*flags(data, tmp_path, "tiny"), "--auto_resume"])
+    resumed = merge.read_shards(tmp_path / "tiny" / "ckpt_model" / "step4")
+    through = merge.read_shards(run / "ckpt_model" / "step4")
+    assert resumed.keys() == through.keys()
+    for name, tensor in through.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@needs_ckpt
+def test_time_limit_stops_and_saves(data: Path, tmp_path: Path) -> None:
+    """After the first step the time is over: it is saved, and the learning rate has come down with the clock."""
+    train_read.main([*flags(data, tmp_path, "short", steps_per_epoch=50), "--time_limit_s", "0.001", "--no_eval"])
+    assert (tmp_path / "short" / "ckpt_model" / "latest").read_text() == "step1"
+    train_read.main([*flags(data, tmp_path, "long", steps_per_epoch=500), "--time_limit_s", "3", "--no_eval"])
+    steps = records(tmp_path / "long", "train")
+    assert 0 < len(steps) < 1000
+    assert json.loads((tmp_path / "long" / "best.json").read_text())["step"] == steps[-1]["step"]
+
+
+@needs_ckpt
+def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
+    """Two ranks with one picture each do what one process does that accumulates two: the shards' sums agree."""
+    one = flags(data, tmp_path, "one", batch_size=1, grad_accumulation_steps=2)
+    train_read.main([*one, "--max_steps", "2", "--no_eval"])
+    two = flags(data, tmp_path, "two", batch_size=1)
+    launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29611"]
+    subprocess.run(
+        [*launch, "train_read.py", *two, "--max_steps", "2"],
+        cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert len(list((tmp_path / "two" / "ckpt_model" / "step2").glob("*optim_states.pt"))) == 2
+    a = merge.read_shards(tmp_path / "one" / "ckpt_model" / "step2")
+    b = merge.read_shards(tmp_path / "two" / "ckpt_model" / "step2")
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+    losses = [[line["loss"] for line in records(tmp_path / name, "train")] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4), "logged losses are means over ranks"
+    assert records(tmp_path / "two", "val")[0]["ciou"] >= 0
+
+
+@needs_ckpt
+def test_eval_only_needs_neither_training_data_nor_deepspeed(tmp_path: Path) -> None:
+    """The original built all training sets and the optimiser before it validated (§8-22)."""
+    write_reason_seg(tmp_path / "data", {"val": 2})
+    command = [*flags(tmp_path / "data", tmp_path, "eval"), "--eval_only"]
+    probe = "import sys, train_read; train_read.main(sys.argv[1:]); assert 'deepspeed' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", probe, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ciou" in done.stdout
+    assert not (tmp_path / "eval" / "ckpt_model").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the parts
+
+
+@needs_ckpt
+def test_gradients_become_ready_in_one_order_with_and_without_seg(data: Path) -> None:
+    """ZeRO-2 adds up gradients across ranks in the order in which they become ready.
+
+    A rank whose batch holds no `[SEG]` (denials, VQA) must therefore ready the same tensors in the same order as a rank
+    whose batch does, or the sums mix different tensors without a word.
+    """
+    model = READForCausalLM.from_pretrained(CKPT / "read_tiny", vision_tower=CKPT / "clip_tiny")
+    add_lora(model, 4, 8, 0.0)
+    set_trainable(model)
+    patches, size = model.config.num_patches, model.config.sam.image_size
+
+    def order(with_seg: bool) -> list[str]:
+        seen: list[str] = []
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        ]
+        answer = [5, 6, model.config.seg_token_id if with_seg else 7, 2]
+        ids = torch.tensor([[1, model.config.im_start_id, *[-200] * patches, model.config.im_end_id, *answer]])
+        labels = ids.clone()
+        labels[:, : patches + 3] = -100
+        side = model.config.clip_image_size
+        output = model(
+            torch.randn(1, 3, side, side), torch.randn(1, 3, size, size), [(size, size // 2)], [(40, 20)], ids,
+            torch.ones_like(ids, dtype=torch.bool), torch.tensor([0]), labels, [torch.ones(40, 20)] if with_seg else [],
+        )  # fmt: skip
+        output.loss.backward()
+        model.zero_grad()
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    assert order(True) == order(False)
+
+
+def test_ranks_share_each_epoch_without_overlap_and_resume_in_the_middle() -> None:
+    """The original drew the same samples on every rank (§8-19)."""
+    ranks = [EpochSampler(batches=3, batch_size=2, rank=r, size=2) for r in range(2)]
+    keys = [list(sampler) for sampler in ranks]
+    assert sorted(keys[0] + keys[1]) == [(0, i) for i in range(12)]
+    ranks[1].start_at(epoch=4, batches_done=1)
+    assert list(ranks[1]) == [(4, i) for _, i in keys[1][2:]]
+    assert len(ranks[1]) == 4
+
+
+def test_deepspeed_settings_are_the_published_ones() -> None:
+    """ZeRO-2, AdamW, clipping and schedule of §3; a bucket is never larger than what trains."""
+    args = TrainArgs(batch_size=2, grad_accumulation_steps=10, epochs=20, steps_per_epoch=500, lr=3e-4)
+    config = deepspeed_config(args, trained=300_000_000)
+    assert config["gradient_clipping"] == 1.0
+    assert config["optimizer"]["params"].items() >= {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}.items()
+    assert config["scheduler"]["type"] == "WarmupDecayLR"
+    assert config["scheduler"]["params"] == {
+        "total_num_steps": 10_000, "warmup_min_lr": 0, "warmup_max_lr": 3e-4, "warmup_num_steps": 100,
+        "warmup_type": "linear",
+    }  # fmt: skip
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["zero_optimization"]["reduce_bucket_size"] == 300_000_000
+    assert deepspeed_config(args, trained=10**10)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    assert config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+
+
+def test_loss_that_is_not_finite_stops_with_term_and_samples() -> None:
+    """Who trains learns which term broke, on which pictures."""
+    ok, nan = torch.tensor(1.0), torch.tensor(float("nan"))
+    output = SimpleNamespace(loss=nan, ce_loss=ok, bce_loss=ok, dice_loss=nan, sim_loss=None)
+    batch = SimpleNamespace(samples=[SimpleNamespace(image_path="a/b.jpg", questions=["the cup"])])
+    with pytest.raises(FloatingPointError, match=r"(?s)step 7: loss = nan, dice_loss = nan.*a/b.jpg: \['the cup'\]"):
+        check_finite(output, batch, step=7)
+    output.loss = output.dice_loss = ok
+    assert check_finite(output, batch, step=7)["sim_loss"] is None
+
+
+def test_averages_are_over_all_steps_and_ranks() -> None:
+    """The original reset its meters every step, so that a logged average was the last step's value (§8-21)."""
+    first, second = Averages(("a", "b")), Averages(("a", "b"))
+    first.add({"a": 1.0, "b": None})
+    first.add({"a": 2.0, "b": 4.0})
+    second.add({"a": 6.0, "b": None})
+    totals = [x + y for x, y in zip(first.totals(), second.totals(), strict=True)]
+    assert first.means(totals) == {"a": 3.0, "b": 4.0}
