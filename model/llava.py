@@ -65,11 +65,11 @@ def image_states(
     is_image = input_ids_NT == IMAGE_TOKEN_INDEX
     if released_rows:
         is_image = is_image[:1].expand_as(is_image)
-    counts = is_image[question_M].sum(dim=1)
-    if (counts == 0).any():
+    counts = is_image.sum(dim=1)
+    if (counts[question_M] == 0).any():
         raise ValueError("a [SEG] stands in a conversation without a picture: there is nothing to segment")
-    rows = hidden_NTD[question_M]
-    return rows[is_image[question_M]].view(len(question_M), -1, hidden_NTD.shape[-1])
+    states = hidden_NTD[question_M][is_image[question_M]]
+    return states.view(len(question_M), int(counts.max()), hidden_NTD.shape[-1])
 
 
 @contextmanager

@@ -148,10 +148,12 @@ class READForCausalLM(PreTrainedModel):
         """
         features = llava.image_features(self.llava, clip_images.to(self.dtype))
         embeddings = llava.embed_inputs(self.llava, input_ids, features, image_of_question)
+        places = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         if compat == "released":
             attention_mask = self._released_mask(attention_mask)
+            places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         hidden = self.llava.model.language_model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=places, use_cache=False
         ).last_hidden_state
         question, position = llava.seg_positions(input_ids, self.config.seg_token_id)
         segments = self._segment(
@@ -206,8 +208,8 @@ class READForCausalLM(PreTrainedModel):
         Arguments as in `forward`. The states of `[SEG]` are gathered while decoding with the cache.
 
         Args:
-            compat: `correct` gives the same as a prompt without padding; `released` reproduces the original's shifted
-                attention mask, which its FP-RefCOCO numbers contain.
+            compat: `correct` gives the same as a prompt without padding; `released` reproduces the original, which counts
+                positions from the padding on and attends to it. Its FP-RefCOCO numbers contain that.
             force_segment: an answer without `[SEG]` gets the mask that a `[SEG]` at its end would have had.
         """
         eos = self.llava.config.text_config.eos_token_id
@@ -215,7 +217,7 @@ class READForCausalLM(PreTrainedModel):
         embeddings = llava.embed_inputs(self.llava, input_ids, features, image_of_question)
         extra: dict[str, Any] = {}
         if compat == "released":
-            attention_mask = self._released_mask(attention_mask)
+            attention_mask = torch.ones_like(attention_mask)
             length = torch.arange(input_ids.shape[1], device=input_ids.device)
             extra["position_ids"] = length.expand(len(input_ids), -1)
         with llava.gather_hidden_states(self.llava) as states:
@@ -265,9 +267,10 @@ class READForCausalLM(PreTrainedModel):
         )
 
     def _released_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The attention mask of the original, (N, T): that of the unexpanded prompt behind P - 1 ones (§1, §8-25).
+        """The attention mask of the original's forced pass, (N, T): the unexpanded prompt's behind P - 1 ones (§1, §8-25).
 
         With padding on the left it attends to the padding and hides as many image tokens; without, it is the same mask.
+        (In generation the recordings show no mask at all, see `generate_segments`.)
         """
         patches = self.config.num_patches
         padding = attention_mask.long().argmax(dim=1)  # rows are False * n, then True

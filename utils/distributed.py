@@ -69,8 +69,8 @@ def _start_group(rank: int, size: int, local_rank: int) -> None:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     os.environ.setdefault("MASTER_PORT", "29500")
     if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would first compile (half a minute) a shared-memory all-reduce that only inference uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Else DeepSpeed probes for compilers and builds, for half a minute, a shared-memory op that only inference uses.
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(verbose=False)
 
 

@@ -1,0 +1,338 @@
+"""Pictures of an answer: the only file that draws.
+
+    mask_image(segment)                  what the model segmented, 0 / 255, pixels of the original picture
+    similarity_image(image, segment)     the similarity map as heat over the dimmed picture
+    overlay_image(image, segments)       masks tinted, the points that prompted them, a legend
+    panel_image(image, q, a, segments)   all of it side by side under question and answer
+
+In go a picture (H, W, 3) uint8 RGB and `Segment`s, out come PIL images; nothing is written here.
+
+Legend: (H, W) pixels of the original picture · G side of the grid of image tokens · K points, (x, y) in pixels of the original.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from model import Segments
+
+Colour = tuple[int, int, int]
+
+TINTS: tuple[Colour, ...] = ((0, 176, 240), (213, 54, 232), (255, 150, 0), (92, 84, 255), (240, 205, 0))
+"""Masks, in the order of their [SEG]; none is near the points' green and red."""
+POSITIVE, NEGATIVE = (38, 208, 108), (240, 62, 62)
+INK, SOFT, PAPER = (28, 32, 38), (96, 104, 114), (255, 255, 255)
+SHORT_SIDE_OF_TILE = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One `[SEG]` as it is drawn."""
+
+    mask: np.ndarray
+    """(H, W) bool."""
+    similarity: np.ndarray
+    """(G, G) float32 over CLIP's view, the centre square of the picture."""
+    points: np.ndarray
+    """(K, 2) float32, (x, y) in pixels of the original picture."""
+    labels: np.ndarray
+    """(K,) int64: 1 object, 0 background, -1 neutral. Neutral points carry no position in SAM, so they are not drawn."""
+
+
+def segment_of(segments: Segments, index: int) -> Segment:
+    """Entry `index` of the model's result, as arrays."""
+    similarity = segments.similarity[index].detach().float().cpu().numpy()
+    side = round(len(similarity) ** 0.5)
+    return Segment(
+        mask=(segments.mask_logits[index] > 0).cpu().numpy(),
+        similarity=similarity.reshape(side, side),
+        points=segments.points[index].detach().float().cpu().numpy().reshape(-1, 2),
+        labels=segments.point_labels[index].cpu().numpy(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ single pictures
+
+
+def mask_image(segment: Segment) -> Image.Image:
+    """The mask, 0 or 255, in the size of the original picture."""
+    return Image.fromarray(segment.mask.astype(np.uint8) * 255)
+
+
+def similarity_image(image: np.ndarray, segment: Segment) -> Image.Image:
+    """The similarity map, stretched between its least and greatest value, over the dimmed picture in its own size.
+
+    The map covers what CLIP saw; what its crop cut off stays dark.
+    """
+    height, width = image.shape[:2]
+    heat, seen = _heat(segment.similarity, height, width)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None] * 0.7
+    strength = (0.12 + 0.72 * heat[..., None]) * seen[..., None]
+    mixed = grey * np.where(seen[..., None], 1.0, 0.4) * (1 - strength) + _colours(heat) * strength
+    return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
+
+
+def overlay_image(image: np.ndarray, segments: list[Segment]) -> Image.Image:
+    """Masks and points on the picture, with a legend below. Small pictures are enlarged so that points can be told apart."""
+    scale = float(np.clip(768 / max(image.shape[:2]), 1, 4))
+    picture = _with_points(_with_masks(image, segments, scale), segments, scale)
+    return _with_legend(picture, segments)
+
+
+# ------------------------------------------------------------------------------------------------ the panel
+
+
+def panel_image(image: np.ndarray, question: str, answer: str, segments: list[Segment]) -> Image.Image:
+    """Question and answer above a row a [SEG]: picture, similarity map, points, mask. Without [SEG]: the picture alone.
+
+    The size depends on the shape of the picture alone, not on its pixels.
+    """
+    height, width = image.shape[:2]
+    scale = SHORT_SIDE_OF_TILE / min(height, width)
+    scale = min(scale, 2.2 * SHORT_SIDE_OF_TILE / max(height, width))
+    tile = (round(width * scale), round(height * scale))
+    rows = [_tiles(image, segments, k, scale) for k in range(len(segments))] or [[("picture", _resized(image, scale))]]
+
+    margin, gap, label_height = 36, 18, 42
+    columns = max(len(row) for row in rows)
+    body = max(columns * tile[0] + (columns - 1) * gap, 560)
+    caption = _Caption(question, answer, body)
+    total = (body + 2 * margin, margin + caption.height + 22 + len(rows) * (tile[1] + label_height) + margin - 18)
+    sheet = Image.new("RGB", total, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    caption.draw(sheet, margin, margin)
+    y = margin + caption.height + 22
+    for k, row in enumerate(rows):
+        for column, (name, picture) in enumerate(row):
+            x = margin + column * (tile[0] + gap)
+            sheet.paste(picture.resize(tile), (x, y), _rounded(tile, 10))
+            _label(draw, sheet, x, y + tile[1] + 9, name, segments[k] if segments else None)
+        y += tile[1] + label_height
+    return sheet
+
+
+def _tiles(image: np.ndarray, segments: list[Segment], k: int, scale: float) -> list[tuple[str, Image.Image]]:
+    """(name, picture) of each column for the k-th segment; without points (SasP off) that column is left out."""
+    one, tint = segments[k], k
+    large = np.asarray(_resized(image, scale))
+    tiles = [("picture", Image.fromarray(large)), ("similarity", similarity_image(large, one))]
+    if len(one.points):
+        dimmed = Image.fromarray((large * 0.72 + 255 * 0.06).astype(np.uint8))
+        tiles.append(("points", _with_points(dimmed, [one], scale, 0.020)))
+    return [*tiles, ("mask", _with_masks(image, [one], scale, tint))]
+
+
+def _label(draw: ImageDraw.ImageDraw, sheet: Image.Image, x: int, y: int, name: str, segment: Segment | None) -> None:
+    """What a column shows; the points' column is its own legend."""
+    font = _font(15)
+    draw.text((x, y), name, font=font, fill=SOFT)
+    if name != "points" or segment is None:
+        return
+    x += int(font.getlength(name)) + 14
+    for colour, count, word in _counts(segment):
+        _dot(sheet, x + 6, y + 10, 5.5, colour)
+        text = f"{count} {word}"
+        draw.text((x + 17, y), text, font=font, fill=SOFT)
+        x += 17 + int(font.getlength(text)) + 12
+
+
+class _Caption:
+    """Question and answer, wrapped to a width; `[SEG]` becomes a pill in the colour of its mask."""
+
+    def __init__(self, question: str, answer: str, width: int) -> None:
+        self.lines: list[tuple[int, list[tuple[int, str, ImageFont.FreeTypeFont, Colour, Colour | None]]]] = []
+        self.y = 0
+        self._add(question, _font(23, bold=True), INK, width, 33)
+        self.y += 5
+        self._add(answer, _font(20), SOFT, width, 31)
+
+    @property
+    def height(self) -> int:
+        return self.y
+
+    def _add(self, text: str, font: ImageFont.FreeTypeFont, fill: Colour, width: int, step: int) -> None:
+        x, line, count = 0, [], 0
+        for word in text.replace("[SEG]", " [SEG] ").split():
+            is_seg = word == "[SEG]"
+            pill = _tint(count) if is_seg else None
+            count += is_seg
+            face, shown = (_font(15, bold=True), "SEG") if is_seg else (font, word)
+            length = int(face.getlength(shown)) + (22 if is_seg else 0)
+            closing = word in {".", ",", ";", ":", "!", "?"}  # stays with the word before it
+            x += 0 if not line or closing else int(font.getlength(" "))
+            if line and not closing and x + length > width:
+                self.lines.append((self.y, line))
+                self.y, x, line = self.y + step, 0, []
+            line.append((x, shown, face, fill, pill))
+            x += length
+        self.lines.append((self.y, line))
+        self.y += step
+
+    def draw(self, sheet: Image.Image, left: int, top: int) -> None:
+        draw = ImageDraw.Draw(sheet)
+        for y, line in self.lines:
+            for x, word, font, fill, pill in line:
+                if pill is None:
+                    draw.text((left + x, top + y), word, font=font, fill=fill)
+                else:
+                    size = (int(font.getlength(word)) + 20, 24)
+                    sheet.paste(pill, (left + x, top + y), _rounded(size, 12))
+                    draw.text((left + x + 10, top + y + 3), word, font=font, fill=PAPER)
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _heat(similarity: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(map in [0, 1], seen) of (height, width): the (G, G) grid laid over the centre square that CLIP's crop keeps."""
+    low, high = float(np.nanmin(similarity)), float(np.nanmax(similarity))
+    flat = not np.isfinite(high - low) or high == low  # a constant map has no hot place
+    grid = np.zeros_like(similarity) if flat else np.nan_to_num((similarity - low) / (high - low))
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    heat, seen = np.zeros((height, width), np.float32), np.zeros((height, width), bool)
+    square = cv2.resize(grid.astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    heat[top : top + side, left : left + side] = square
+    seen[top : top + side, left : left + side] = True
+    return heat, seen
+
+
+@functools.lru_cache
+def _colour_table() -> np.ndarray:
+    """(256, 3) float32 of the inferno map without its black end, which would only darken the picture."""
+    from matplotlib import colormaps
+
+    return (colormaps["inferno"](np.linspace(0.18, 1, 256))[:, :3] * 255).astype(np.float32)
+
+
+def _colours(heat: np.ndarray) -> np.ndarray:
+    return _colour_table()[(heat * 255).astype(np.uint8)]
+
+
+def _resized(image: np.ndarray, scale: float) -> Image.Image:
+    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+    return Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+
+
+def _enlarged(mask: np.ndarray, size: tuple[int, int], scale: float) -> np.ndarray:
+    """A mask in the size of the enlarged picture, its stairs smoothed: for the eye only."""
+    soft = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC))
+    return (cv2.GaussianBlur(soft, (0, 0), 0.6 * scale) if scale > 1 else soft) > 127
+
+
+def _tint(index: int) -> Colour:
+    return TINTS[index % len(TINTS)]
+
+
+def _with_masks(image: np.ndarray, segments: list[Segment], scale: float, first_tint: int = 0) -> Image.Image:
+    """The enlarged picture with each mask tinted and outlined; the rest is a little paler so that the object stands out."""
+    picture = _resized(image, scale)
+    size = picture.size
+    masks = [_enlarged(s.mask, size, scale) for s in segments]
+    pixels = np.asarray(picture).astype(np.float32)
+    grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    if masks:
+        rest = ~np.any(masks, axis=0)
+        pixels[rest] = 0.78 * pixels[rest] + 0.18 * grey[rest]
+    for k, mask in enumerate(masks):
+        # Over grey, not over the picture's colour: else blue on yellow would be a third colour that no legend names.
+        pixels[mask] = 0.12 * pixels[mask] + 0.43 * grey[mask] + 0.45 * np.array(_tint(first_tint + k), np.float32)
+    canvas = np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8))
+    line = max(1, round(max(size) / 400))
+    for k, mask in enumerate(masks):
+        outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(canvas, outline, -1, PAPER, line + 2, cv2.LINE_AA)
+        cv2.drawContours(canvas, outline, -1, _tint(first_tint + k), line, cv2.LINE_AA)
+    return Image.fromarray(canvas)
+
+
+def _with_points(picture: Image.Image, segments: list[Segment], scale: float, size: float = 0.013) -> Image.Image:
+    """Dots at the positive and negative points, the positive on top; radius as a share of the shorter side."""
+    picture = picture.copy()
+    radius = max(3.0, size * min(picture.size))
+    for label, colour in ((0, NEGATIVE), (1, POSITIVE)):
+        for segment in segments:
+            for x, y in segment.points[segment.labels == label]:
+                # Pixel centres: the middle of the pixel x lies at (x + .5) in the enlarged picture.
+                _dot(picture, (x + 0.5) * scale, (y + 0.5) * scale, radius, colour)
+    return picture
+
+
+def _dot(picture: Image.Image, x: float, y: float, radius: float, colour: Colour) -> None:
+    """A smooth dot with a white rim and a faint shadow, drawn at four times its size."""
+    reach, fine = int(radius + 4), 4
+    left, top = round(x) - reach, round(y) - reach
+    side = (2 * reach + 1) * fine
+    centre = ((x - left) * fine, (y - top) * fine)
+    for r, fill, strength in ((radius + 2, (0, 0, 0), 70), (radius + 1, PAPER, 255), (radius - 0.6, colour, 255)):
+        stamp = Image.new("L", (side, side), 0)
+        box = (centre[0] - r * fine, centre[1] - r * fine, centre[0] + r * fine, centre[1] + r * fine)
+        ImageDraw.Draw(stamp).ellipse(box, fill=strength)
+        picture.paste(fill, (left, top), stamp.resize((side // fine, side // fine), Image.Resampling.BOX))
+
+
+def _counts(segment: Segment) -> list[tuple[Colour, int, str]]:
+    return [
+        (POSITIVE, int((segment.labels == 1).sum()), "object"),
+        (NEGATIVE, int((segment.labels == 0).sum()), "background"),
+    ]
+
+
+def _with_legend(picture: Image.Image, segments: list[Segment]) -> Image.Image:
+    """A bar below the picture that says what colours mean, wrapped where the picture is narrow."""
+    font, step, pad = _font(15), 28, 14
+    entries: list[tuple[str, Colour, str]] = []
+    for k, segment in enumerate(segments):
+        name = "mask" if len(segments) == 1 else f"mask {k + 1}"
+        share = 100 * segment.mask.mean()
+        entries.append(("square", _tint(k), f"{name}, {share:.1f} % of the picture"))
+    if any(len(segment.points) for segment in segments):
+        totals = zip(*(_counts(segment) for segment in segments), strict=True)
+        for same in totals:
+            colour, _, word = same[0]
+            count = sum(number for _, number, _ in same)
+            entries.append(("dot", colour, f"{count} {word} point{'' if count == 1 else 's'}"))
+    places, x, y = [], pad, 0
+    for kind, colour, text in entries:
+        length = 22 + int(font.getlength(text))
+        if x > pad and x + length > picture.width - pad:
+            x, y = pad, y + step
+        places.append((x, y, kind, colour, text))
+        x += length + 20
+    sheet = Image.new("RGB", (picture.width, picture.height + y + step + 14), PAPER)
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    for x, y, kind, colour, text in places:
+        y += picture.height + 11
+        if kind == "dot":
+            _dot(sheet, x + 7, y + 10, 6, colour)
+        else:
+            sheet.paste(colour, (x, y + 3), _rounded((15, 15), 4))
+        draw.text((x + 22, y), text, font=font, fill=INK)
+    return sheet
+
+
+@functools.lru_cache(maxsize=64)
+def _rounded(size: tuple[int, int], radius: int) -> Image.Image:
+    """A mask (L) of a rectangle with smooth round corners."""
+    fine = 4
+    large = Image.new("L", (size[0] * fine, size[1] * fine), 0)
+    ImageDraw.Draw(large).rounded_rectangle((0, 0, size[0] * fine - 1, size[1] * fine - 1), radius * fine, fill=255)
+    return large.resize(size, Image.Resampling.BOX)
+
+
+@functools.lru_cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as matplotlib ships it: the same letters on every machine."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return ImageFont.truetype(str(folder / f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
