@@ -147,6 +147,11 @@ def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCaus
         num_patches=model.config.num_patches,
         conv_type=args.conv_type,
     )
+    if args.model_max_length < model.config.num_patches + 100:
+        raise ValueError(
+            f"--model_max_length {args.model_max_length} is too short: system prompt and picture alone take "
+            f"{model.config.num_patches + 60} tokens or so, so that answers would be cut off and not learnt"
+        )
     log.say(f"base: {args.version}, {args.precision}, {model.config.sasp}")
     if not args.eval_only:
         add_lora(model, **args.lora())
@@ -432,13 +437,10 @@ def validate(
     data = build_eval(args.val_dataset, args.val_split, args.dataset_dir, protocol="forced")
     model.eval()
     scores = evaluate(model, processor, data, protocol="forced", rank=world.rank, world=world.size)
-    numbers = {name: value for name, value in scores.items() if isinstance(value, int | float)}
-    log.record("val", step, numbers)
+    log.record("val", step, {name: value for name, value in scores.items() if isinstance(value, int | float)})
     log.say(
-        f"{args.val_dataset}|{args.val_split}, answers forced, after step {step}: "
-        + ", ".join(
-            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items()
-        )
+        f"{args.val_dataset}|{args.val_split}, answers forced, after step {step}: gIoU {100 * scores['giou']:.2f}, "
+        f"cIoU {100 * scores['ciou']:.2f} ({scores['images']} pictures, {scores['seconds']:.0f} s)"
     )
     return scores
 

@@ -51,10 +51,17 @@ NAMED_REASONS = (
 # ------------------------------------------------------------------------------------------------ dialogues
 
 
-def dialogue(scene: world.Scene, rng: np.random.Generator, turns: int) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
-    """A conversation about one scene and the mask of each of its [SEG] tokens, in order."""
+def dialogue(
+    scene: world.Scene, rng: np.random.Generator, turns: int, hardness: float = 1.0
+) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
+    """A conversation about one scene and the mask of each of its [SEG] tokens, in order.
+
+    `hardness` is the share of relations, extremes and sizes that is let in: places are learnt after kinds and colours.
+    """
     pool: list[tuple[str, str, np.ndarray | None]] = []
     for found in world.expressions(scene, rng):
+        if found.kind not in ("name", "colour+name") and rng.random() > hardness:
+            continue
         pool.append((*_referring(found.text, rng), scene.things[found.target].mask))
     reasons = [(*_reasoning(found, rng), _union(scene, found.targets)) for found in world.reasoning(scene, rng)]
     absent = [(*_absent(found, rng), None) for found in world.false_premises(scene, rng)]
@@ -109,19 +116,22 @@ def _union(scene: world.Scene, targets: list[int]) -> np.ndarray:
     return np.logical_or.reduce([scene.things[t].mask for t in targets])
 
 
-def make_batch(processor: READProcessor, rng: np.random.Generator, size: int, turns: int, split: str = "train") -> dict:
+def make_batch(
+    processor: READProcessor, rng: np.random.Generator, size: int, turns: int, hardness: float = 1.0
+) -> tuple[dict, list[world.Scene]]:
     """Keyword arguments of `READForCausalLM.forward` for `size` fresh scenes of one multi-turn dialogue each."""
-    views, rows, masks = [], [], []
+    views, rows, masks, scenes = [], [], [], []
     while len(rows) < size:
-        scene = world.make_scene(rng, split)
-        talk, found = dialogue(scene, rng, turns)
+        scene = world.make_scene(rng, "train")
+        talk, found = dialogue(scene, rng, turns, hardness)
         if not talk:
             continue
         talk = [(with_image(talk[0][0]), talk[0][1]), *talk[1:]]
         rows.append(processor.encode(talk))
         views.append(processor.views(scene.image))
+        scenes.append(scene)
         masks += [torch.from_numpy(mask.astype(np.uint8)) for mask in found]
-    return collate_rows(views, rows, masks)
+    return collate_rows(views, rows, masks), scenes
 
 
 def collate_rows(views: list, rows: list[tuple[list[int], list[int]]], masks: list[torch.Tensor]) -> dict:
@@ -269,8 +279,28 @@ def sam_step(model: READForCausalLM, rng: np.random.Generator, processor: READPr
     return total
 
 
-def sight_step(model: READForCausalLM, batch: dict) -> dict:
-    """Language and sight without SAM: the answer's tokens, and the similarity map of each [SEG]."""
+def dense_words(scenes: list[world.Scene], processor: READProcessor) -> torch.Tensor:
+    """(B, P, 3) ids of the words for kind, colour and size of what each image token shows; -100 on the ground."""
+    grid = math.isqrt(processor.num_patches)
+    words = torch.full((len(scenes), processor.num_patches, 3), IGNORE_INDEX)
+    for b, scene in enumerate(scenes):
+        for thing in scene.things:
+            share = losses.mask_on_token_grid(torch.from_numpy(thing.mask.astype(np.uint8)), grid, CLIP_SIZE)
+            said = [processor.tokenizer.encode(word)[1] for word in (thing.name, thing.colour, thing.size)]
+            words[b, share > 0.5] = torch.tensor(said)
+    return words
+
+
+def dense_loss(hidden: torch.Tensor, batch: dict, words: torch.Tensor, lm_head: torch.nn.Module) -> torch.Tensor:
+    """Each image token's state names kind, colour and size of what it shows: sight, before anything is asked."""
+    states = hidden[batch["input_ids"] == IMAGE_TOKEN_INDEX].view(len(words), -1, hidden.shape[-1])
+    known = words[..., 0] != IGNORE_INDEX
+    log_probs = lm_head(states[known]).float().log_softmax(-1)
+    return -log_probs.gather(1, words[known]).mean()
+
+
+def sight_step(model: READForCausalLM, batch: dict, words: torch.Tensor) -> dict:
+    """Language and sight without SAM: the answer's tokens, the words of each image token, the similarity map of [SEG]."""
     features = llava_adapter.image_features(model.llava, batch["clip_images"])
     embeddings = llava_adapter.embed_inputs(model.llava, batch["input_ids"], features, batch["image_of_question"])
     hidden = model.llava.model.language_model(
@@ -281,7 +311,8 @@ def sight_step(model: READForCausalLM, batch: dict) -> dict:
     similarity = (states * hidden[question, position][:, None]).sum(-1)
     ce = losses.answer_loss(hidden, batch["labels"], model.llava.lm_head)
     sim = losses.similarity_loss(similarity, batch["masks"], model.config.hidden_size, CLIP_SIZE)
-    return {"loss": ce + 2 * sim, "ce": ce, "sim": sim, **map_scores(similarity, batch["masks"])}
+    dense = dense_loss(hidden, batch, words, model.llava.lm_head)
+    return {"loss": ce + 2 * sim + 0.5 * dense, "ce": ce, "sim": sim, "dense": dense, **map_scores(similarity, batch["masks"])}
 
 
 def map_scores(similarity: torch.Tensor, masks: list[torch.Tensor]) -> dict:
@@ -333,15 +364,19 @@ def train(args: argparse.Namespace) -> None:
             if args.stage == "sam":
                 out = sam_step(model, rng, processor, args.batch_size)
             else:
-                batch = make_batch(processor, rng, args.batch_size, args.turns)
-                out = sight_step(model, batch) if args.stage == "sight" else seg_step(model, batch, rng)
+                hardness = min(1.0, 2 * progress) if args.stage == "sight" else 1.0
+                batch, scenes = make_batch(processor, rng, args.batch_size, args.turns, hardness)
+                if args.stage == "sight":
+                    out = sight_step(model, batch, dense_words(scenes, processor))
+                else:
+                    out = seg_step(model, batch, rng)
         optimizer.zero_grad()
         out["loss"].backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         step += 1
         for key, value in out.items():
-            sums.setdefault(key, []).append(float(value))
+            sums.setdefault(key, []).append(float(value.detach() if isinstance(value, torch.Tensor) else value))
         if step % 20 == 0:
             row = {"step": step, "minutes": round((time.time() - start) / 60, 2), "lr": round(rate, 6)}
             row |= {key: round(float(np.mean(values)), 4) for key, values in sums.items()}

@@ -245,7 +245,7 @@ def test_eval_only_needs_neither_training_data_nor_deepspeed(tmp_path: Path) -> 
         [sys.executable, "-c", probe, *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "ciou" in done.stdout
+    assert "cIoU" in done.stdout
     assert not (tmp_path / "eval" / "ckpt_model").exists()
 
 

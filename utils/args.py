@@ -53,7 +53,8 @@ class TrainArgs:
     precision: str = flag("bf16", "dtype of weights and activations", ("bf16", "fp16", "fp32"))
     attn_implementation: str = flag("sdpa", "attention of the language model", ("eager", "sdpa", "flash_attention_2"))
     gradient_checkpointing: bool = flag(True, "recompute the language model's activations: slower, much less memory")
-    model_max_length: int = flag(512, "longest training conversation, tokens, the picture's included")
+    # The original's default is 512, less than the 576 tokens of a picture; its script passes 2048.
+    model_max_length: int = flag(2048, "longest training conversation, tokens, the picture's included")
     conv_type: str = flag("llava_v1", "wording of the system prompt (utils/conversation.py)")
 
     # ---- what trains

@@ -1,0 +1,193 @@
+"""Writes the mini world in the formats of ReasonSeg, RefCOCO and FP-RefCOCO (protocol §2), the same bytes for the same seed.
+
+    reason_seg/ReasonSeg/{train,val,test}/*.jpg + *.json
+    refer_seg/{refcoco,fprefcoco}/{instances.json, refs(<splitBy>).p}
+    refer_seg/images/mscoco/images/train2014/COCO_train2014_*.jpg
+
+Training scenes use the training photographs, all others the test photographs, and every split has seeds of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from ..refer_api import SPLIT_BY
+from . import world
+from .phrases import NAMES
+
+IGNORE_SHARE = 0.2
+"""ReasonSeg files that leave one other thing out of the measure."""
+CATEGORIES = {name: i + 1 for i, name in enumerate(NAMES)}
+SPLITS = ("train", "val", "test", "testA", "testB")
+FAMILIES = ("reason_seg", "refcoco", "fprefcoco")
+
+
+def _rng(seed: int, family: str, split: str, number: int) -> np.random.Generator:
+    return np.random.default_rng([seed, FAMILIES.index(family), SPLITS.index(split), number])
+
+
+def _photos(split: str) -> str:
+    return "train" if split == "train" else "test"
+
+
+def _scene(rng: np.random.Generator, split: str, usable: Callable[[world.Scene], bool]) -> world.Scene:
+    """The first scene of the generator that can be used."""
+    while not usable(scene := world.make_scene(rng, _photos(split))):
+        pass
+    return scene
+
+
+def _write_jpeg(file: Path, image: np.ndarray) -> None:
+    cv2.imwrite(str(file), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+
+
+def polygons(mask: np.ndarray) -> list[np.ndarray]:
+    """Outlines (n, 2) of each piece of a mask, in pixels; specks that are no polygon are left out."""
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [contour[:, 0] for contour in contours if len(contour) >= 4]
+
+
+# ------------------------------------------------------------------------------------------------ ReasonSeg
+
+
+def write_reason_seg(root: Path, seed: int, counts: dict[str, int]) -> None:
+    """`counts` pictures a split: questions that need a step, polygons, ignored regions, false premises."""
+    for split, count in counts.items():
+        folder = root / "reason_seg/ReasonSeg" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            rng = _rng(seed, "reason_seg", split, number)
+            scene = _scene(rng, split, lambda scene: True)
+            asked = world.reasoning(scene, rng)
+            first = asked[rng.integers(len(asked))]
+            # A file has one kind of question and one mask: other wordings of the same thing go into the same file.
+            same = [first.text]
+            for _ in range(8):
+                same += [a.text for a in world.reasoning(scene, rng)
+                         if a.targets == first.targets and a.is_sentence == first.is_sentence]  # fmt: skip
+            texts = list(dict.fromkeys(same))[: 1 if split != "train" else 3]
+            shapes = [_shape("target", outline) for t in first.targets for outline in polygons(scene.things[t].mask)]
+            others = [i for i in range(len(scene.things)) if i not in first.targets]
+            if others and rng.random() < IGNORE_SHARE:
+                left_out = scene.things[others[rng.integers(len(others))]]
+                shapes += [_shape("ignore", outline) for outline in polygons(left_out.mask)]
+            content = {
+                "text": texts,
+                "is_sentence": first.is_sentence,
+                "shapes": shapes,
+                "false_premise_QA": [list(entry) for entry in world.false_reasoning(scene, rng)[:2]],
+            }
+            _write_jpeg(folder / f"mini_{split}_{number:04d}.jpg", scene.image)
+            (folder / f"mini_{split}_{number:04d}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _shape(label: str, outline: np.ndarray) -> dict:
+    return {"label": label, "points": outline.astype(float).tolist(), "shape_type": "polygon"}
+
+
+# ------------------------------------------------------------------------------------------------ RefCOCO, FP-RefCOCO
+
+
+def write_refer(root: Path, seed: int, family: str, counts: dict[str, int], first_image: int) -> int:
+    """One data set of the refer family; returns the image id after its last."""
+    images = root / "refer_seg/images/mscoco/images/train2014"
+    folder = root / "refer_seg" / family
+    images.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    instances: dict[str, list] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": number, "name": name, "supercategory": "clothes"} for name, number in CATEGORIES.items()],
+    }
+    refs: list[dict] = []
+    image_id, sent_id = first_image, 0
+    for split, count in counts.items():
+        for number in range(count):
+            rng = _rng(seed, family, split, number)
+            scene = _scene(rng, split, lambda scene: bool(world.expressions(scene, np.random.default_rng(0))))
+            height, width = scene.image.shape[:2]
+            file_name = f"COCO_train2014_{image_id:012d}.jpg"
+            _write_jpeg(images / file_name, scene.image)
+            instances["images"].append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+            first_annotation = len(instances["annotations"]) + 1
+            for thing in scene.things:
+                instances["annotations"].append(_annotation(thing, image_id, len(instances["annotations"]) + 1, rng))
+            said: dict[int, list[dict]] = {}
+            for found in world.expressions(scene, rng):
+                sentences = said.setdefault(found.target, [])
+                if len(sentences) < 2 and found.text not in [s["sent"] for s in sentences]:
+                    sentences.append({"sent": found.text})
+            if family == "fprefcoco":
+                said = _with_false_premises(scene, rng, said)
+            for target, sentences in sorted(said.items()):
+                for sentence in sentences:
+                    sentence |= {"raw": sentence["sent"], "tokens": sentence["sent"].split(), "sent_id": sent_id}
+                    sent_id += 1
+                refs.append(
+                    {
+                        "ref_id": len(refs),
+                        "ann_id": first_annotation + target,
+                        "category_id": CATEGORIES[scene.things[target].name],
+                        "image_id": image_id,
+                        "file_name": file_name,
+                        "split": split,
+                        "sentences": sentences,
+                        "sent_ids": [sentence["sent_id"] for sentence in sentences],
+                    }
+                )
+            image_id += 1
+    (folder / "instances.json").write_text(json.dumps(instances) + "\n")
+    (folder / f"refs({SPLIT_BY[family]}).p").write_bytes(pickle.dumps(refs, protocol=2))
+    return image_id
+
+
+def _annotation(thing: world.Thing, image_id: int, number: int, rng: np.random.Generator) -> dict:
+    """COCO annotation: polygons, or for one in five a compressed RLE."""
+    x0, y0, x1, y1 = thing.box
+    if rng.random() < 0.2:
+        rle = coco_mask.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
+        segmentation: dict | list = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+    else:
+        segmentation = [outline.astype(float).flatten().tolist() for outline in polygons(thing.mask)]
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": CATEGORIES[thing.name],
+        "segmentation": segmentation,
+        "area": int(thing.mask.sum()),
+        "bbox": [x0, y0, x1 - x0 + 1, y1 - y0 + 1],
+        "iscrowd": 0,
+    }
+
+
+def _with_false_premises(
+    scene: world.Scene, rng: np.random.Generator, said: dict[int, list[dict]]
+) -> dict[int, list[dict]]:
+    """One true expression a thing, and about as many false ones, each with the true one nearest to it."""
+    out = {
+        target: [{**sentence, "is_false_premise": False, "gt_sent": ""} for sentence in sentences[:1]]
+        for target, sentences in said.items()
+    }
+    targets = list(out)
+    wanted = sum(map(len, out.values()))
+    for number, false in enumerate(world.false_premises(scene, rng)[:wanted]):
+        out[targets[number % len(targets)]].append(
+            {"sent": false.text, "is_false_premise": True, "gt_sent": false.correction}
+        )
+    return out
+
+
+def write_all(root: Path, seed: int = 0, train: int = 600, val: int = 80, test: int = 60) -> None:
+    """The whole data folder."""
+    write_reason_seg(root, seed, {"train": train // 2, "val": val, "test": test})
+    after = write_refer(
+        root, seed, "refcoco", {"train": train, "val": val, "testA": test // 2, "testB": test // 2}, first_image=1
+    )
+    write_refer(root, seed, "fprefcoco", {"train": train, "val": val}, first_image=after)

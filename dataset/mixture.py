@@ -1,0 +1,43 @@
+"""A mixture of training sets: (seed, epoch, index) -> Sample.
+
+Each index has a random generator of its own, so a run repeats exactly, workers do not matter, and ranks that take different
+indices see different samples (in the original all ranks drew the same ones, §8-19).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from .types import Sample
+
+
+class Drawable(Protocol):
+    """A training set: it draws a sample with the generator it is handed."""
+
+    def __len__(self) -> int: ...
+
+    def draw(self, rng: np.random.Generator) -> Sample: ...
+
+
+class Mixture:
+    """Training sets, each drawn from in proportion to its rate."""
+
+    def __init__(self, sets: Sequence[Drawable], rates: Sequence[float], seed: int = 0) -> None:
+        if len(sets) != len(rates):
+            raise ValueError(f"{len(sets)} data sets but {len(rates)} sample rates")
+        if not rates or min(rates) < 0 or sum(rates) <= 0:
+            raise ValueError(f"sample rates must not be negative, and one must be above 0: {list(rates)}")
+        self.sets, self.seed = list(sets), seed
+        self.shares = np.asarray(rates, dtype=float) / sum(rates)
+
+    def __len__(self) -> int:
+        """Pictures of all sets together."""
+        return sum(map(len, self.sets))
+
+    def sample(self, epoch: int, index: int) -> Sample:
+        """The sample of that epoch and index, always the same one."""
+        rng = np.random.default_rng([self.seed, epoch, index])
+        return self.sets[rng.choice(len(self.sets), p=self.shares)].draw(rng)

@@ -1,0 +1,117 @@
+"""Referring data sets: RefCLEF, RefCOCO/+/g, their R- and FP- variants, for training and for evaluation (protocol §2, §5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.image import read_image
+
+from . import templates
+from .refer_api import Refer, ReferImage
+from .types import Sample
+
+
+class ReferTraining:
+    """Referring expressions to learn from: uniform over data sets, then over pictures, then `k` of its expressions."""
+
+    def __init__(self, dataset_dir: str | Path, names: Sequence[str], k: int = 1) -> None:
+        self.sets = [Refer(dataset_dir, name) for name in names]
+        self.pictures = [refer.of_split("train") for refer in self.sets]
+        self.k = k
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pictures))
+
+    def draw(self, rng: np.random.Generator) -> Sample:
+        """A random picture with up to `k` different expressions."""
+        which = int(rng.integers(len(self.sets)))
+        refer, pictures = self.sets[which], self.pictures[which]
+        picture = pictures[rng.integers(len(pictures))]
+        count = min(self.k, len(picture.sentences))
+        chosen = [picture.sentences[i] for i in rng.choice(len(picture.sentences), count, replace=False)]
+        path = refer.image_dir / picture.file_name
+        image = read_image(path)
+        masks = [refer.mask(s["ann_id"], *image.shape[:2]) for s in chosen if s["exists"]]
+        return Sample(
+            image_path=str(path),
+            image=image,
+            conversations=[[(_question(s["sent"], rng), answer(s, rng, refer.name))] for s in chosen],
+            masks=np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), np.uint8),
+            exists=[s["exists"] for s in chosen],
+            questions=[s["sent"] for s in chosen],
+            meta={"dataset": refer.name, "split": "train"},
+        )
+
+
+def _question(text: str, rng: np.random.Generator) -> str:
+    pool = templates.SHORT_QUESTION
+    return pool[rng.integers(len(pool))].format(class_name=text.strip().lower())
+
+
+def answer(sentence: dict[str, Any], rng: np.random.Generator, name: str) -> str:
+    """A true premise is segmented, a false one of an FP set corrected, any other false one denied (§2)."""
+    text = sentence["sent"].strip().lower()
+    if sentence["exists"]:
+        pool, slots = templates.SHORT_ANSWER, {"class_name": text}
+    elif name.startswith("fp"):
+        if not sentence["gt_sent"]:
+            raise ValueError(f"{name}: the false premise {text!r} (sent_id {sentence['sent_id']}) has no gt_sent")
+        pool, slots = templates.CORRECT_ANSWER, {"class_name": text, "gt_name": sentence["gt_sent"].strip().lower()}
+    else:
+        pool, slots = templates.NEG_ANSWER, {"class_name": text}
+    return pool[rng.integers(len(pool))].format(**slots)
+
+
+class ReferEvaluation:
+    """A split, one item a picture with all its expressions; masks of false premises are empty (§5)."""
+
+    def __init__(
+        self, dataset_dir: str | Path, name: str, split: str, protocol: str, random_templates: bool = False, seed: int = 0
+    ) -> None:
+        self.refer = Refer(dataset_dir, name)
+        self.pictures: list[ReferImage] = self.refer.of_split(split)
+        self.split, self.protocol, self.random_templates, self.seed = split, protocol, random_templates, seed
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Sample:
+        picture = self.pictures[index]
+        path = self.refer.image_dir / picture.file_name
+        image = read_image(path)
+        empty = np.zeros(image.shape[:2], np.uint8)
+        rng = np.random.default_rng([self.seed, index])
+        conversations = []
+        for s in picture.sentences:
+            text = s["sent"].strip().lower()
+            question = (
+                _question(text, rng) if self.random_templates else templates.EVAL_SHORT_QUESTION.format(class_name=text)
+            )
+            reply = None
+            if self.protocol == "forced":
+                pool = templates.SHORT_ANSWER
+                reply = templates.EVAL_ANSWER
+                if self.random_templates:
+                    reply = pool[rng.integers(len(pool))].format(class_name=text)
+            conversations.append([(question, reply)])
+        return Sample(
+            image_path=str(path),
+            image=image,
+            conversations=conversations,
+            masks=np.stack(
+                [self.refer.mask(s["ann_id"], *image.shape[:2]) if s["exists"] else empty for s in picture.sentences]
+            ),
+            exists=[s["exists"] for s in picture.sentences],
+            questions=[s["sent"] for s in picture.sentences],
+            meta={
+                "dataset": self.refer.name,
+                "split": self.split,
+                "ref_ids": [s["ref_id"] for s in picture.sentences],
+                "sent_ids": [s["sent_id"] for s in picture.sentences],
+                "gt_sents": [s["gt_sent"] for s in picture.sentences],
+            },
+        )

@@ -1,0 +1,271 @@
+"""One picture, one question: READ answers in words, and with a mask for every [SEG] it writes.
+
+    python demo.py --version runs/mini/merged --image photo.jpg --prompt "Which of these carries your books?"
+    python demo.py --version runs/mini/merged                               asks for a picture, then for questions
+
+Prints what the model sees, says and segments. Every answer gets a folder of its own,
+VIS_SAVE_PATH/<picture>-<hash of its path>/<number>-<question>, so that nothing is ever overwritten:
+
+    mask.png         0 / 255, size of the picture; mask_2.png, ... if the answer has several [SEG]
+    similarity.png   what the [SEG] is similar to, as heat over the picture; similarity_2.png, ...
+    overlay.png      masks and the points that prompted them, with a legend
+    panel.png        all of it side by side, under question and answer
+    answer.json      the answer, presence, points and scores
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import DEFAULT_MODEL, add_model_flags, configure_sasp, one_line, torch_dtype
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from model import READForCausalLM, READGeneration, READProcessor
+    from utils.conversation import Turns
+
+QUIT = ("quit", "exit", "q")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--image", help="picture to ask about; unless given, you are asked for one")
+    parser.add_argument("--prompt", action="append", help="question; may be repeated; unless given, you are asked")
+    parser.add_argument("--vis_save_path", default="runs/demo", help="where pictures and answers go (default: runs/demo)")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
+    parser.add_argument(
+        "--force_segment", action=argparse.BooleanOptionalAction, default=False,
+        help="segment even if the answer has no [SEG], as if one stood at its end",
+    )  # fmt: skip
+    parser.add_argument(
+        "--history", action=argparse.BooleanOptionalAction, default=False,
+        help="later questions about a picture see the earlier ones (segmentation is trained on single questions)",
+    )  # fmt: skip
+    add_model_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Asks, or is asked; see the module's docstring."""
+    options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
+    from utils.image import read_image
+
+    try:
+        picture = read_image(options.image) if options.image else None  # first: it is quick, loading a model is not
+        demo = Demo(options)
+    except (OSError, ValueError) as error:  # CheckpointError is a ValueError
+        raise SystemExit(f"demo.py: {one_line(error)}") from error
+    if options.image and options.prompt:
+        for prompt in options.prompt:
+            try:
+                demo.ask(options.image, picture, prompt)
+            except ValueError as error:
+                raise SystemExit(f"demo.py: {one_line(error)}") from error
+        return 0
+    return chat(demo, options.image, picture, options.prompt or [])
+
+
+def chat(demo: Demo, path: str | None, picture: np.ndarray | None, prompts: list[str]) -> int:
+    """Reads pictures and questions until there are no more. An empty question goes on to the next picture."""
+    from utils.image import read_image
+
+    print("An empty question asks for another picture; `quit` ends.")
+    while True:
+        while picture is None:
+            path = listen("picture> ")
+            if path is None:
+                return 0
+            try:
+                picture = read_image(Path(path).expanduser())
+            except (OSError, ValueError) as error:
+                print(one_line(error))
+        demo.forget()
+        while prompt := (prompts.pop(0) if prompts else listen("question> ")):
+            try:
+                demo.ask(path, picture, prompt)
+            except ValueError as error:
+                print(one_line(error))
+        if prompt is None:
+            return 0
+        picture = None
+
+
+def listen(prompt: str) -> str | None:
+    """What was typed, stripped; None at the end of the input or on `quit`."""
+    try:
+        text = input(prompt).strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    return None if text.lower() in QUIT else text
+
+
+class Demo:
+    """A loaded model that answers, prints and draws."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+
+        from model import READForCausalLM, READProcessor
+
+        self.options = options
+        self.version = options.version or DEFAULT_MODEL
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.processor: READProcessor = READProcessor.from_pretrained(self.version, vision_tower=options.vision_tower)
+        self.model: READForCausalLM = READForCausalLM.from_pretrained(
+            self.version,
+            dtype=torch_dtype(options.precision, device.type == "cuda"),
+            attn_implementation=options.attn_implementation,
+            vision_tower=options.vision_tower,
+            preset=options.preset,
+        )
+        configure_sasp(self.model.config, options)
+        self.model.to(device)
+        self.conv_type = options.conv_type or self.model.config.conv_type
+        self.turns: Turns = []
+
+    def forget(self) -> None:
+        """Begins a new conversation."""
+        self.turns = []
+
+    def ask(self, path: str, picture: np.ndarray, prompt: str) -> Path:
+        """Answers one question about a picture (H, W, 3) uint8 RGB; prints, writes, returns the folder written.
+
+        Raises:
+            ValueError: the question contains a mark of the prompt format.
+        """
+        if "<image>" in prompt:
+            raise ValueError("the question must not contain <image>: the picture is put in front of it by itself")
+        result = self.generate(picture, prompt)
+        answer = self.processor.decode(result.answer_ids[0])
+        if self.options.history:
+            self.turns.append((prompt, answer))
+        folder = new_folder(Path(self.options.vis_save_path), path, prompt)
+        record = self.write(folder, path, picture, prompt, answer, result)
+        print_answer(record, folder)
+        return folder
+
+    def generate(self, picture: np.ndarray, prompt: str) -> READGeneration:
+        """The model's own answer to one question."""
+        import torch
+
+        from utils.conversation import with_image
+
+        turns = [*self.turns, (prompt, None)]
+        turns[0] = (with_image(turns[0][0]), turns[0][1])
+        ids, _ = self.processor.encode(turns, self.conv_type)
+        views = self.processor.views(picture)
+        device, dtype = self.model.device, self.model.dtype
+        input_ids = torch.tensor([ids], device=device)
+        return self.model.generate_segments(
+            clip_images=views.clip[None].to(device, dtype),
+            sam_images=views.sam[None].to(device, dtype),
+            sam_sizes=[views.sam_size],
+            original_sizes=[views.original_size],
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
+            image_of_question=torch.zeros(1, dtype=torch.long, device=device),
+            max_new_tokens=self.options.max_new_tokens,
+            force_segment=self.options.force_segment,
+        )
+
+    def write(
+        self, folder: Path, path: str, picture: np.ndarray, prompt: str, answer: str, result: READGeneration
+    ) -> dict[str, Any]:
+        """Pictures and answer.json; returns what the latter holds."""
+        from utils import visualize
+
+        segments = [visualize.segment_of(result.segments, m) for m in range(len(result.segments))]
+        entries = []
+        for m, segment in enumerate(segments):
+            suffix = "" if m == 0 else f"_{m + 1}"
+            visualize.mask_image(segment).save(folder / f"mask{suffix}.png")
+            visualize.similarity_image(picture, segment).save(folder / f"similarity{suffix}.png")
+            entries.append(
+                {
+                    "mask": f"mask{suffix}.png",
+                    "similarity": f"similarity{suffix}.png",
+                    "pixels": int(segment.mask.sum()),
+                    "share": float(segment.mask.mean()),
+                    "score": float(result.segments.scores[m]),
+                    "points": segment.points.round(3).tolist(),
+                    "point_labels": segment.labels.tolist(),
+                }
+            )
+        if segments:
+            visualize.overlay_image(picture, segments).save(folder / "overlay.png")
+        visualize.panel_image(picture, prompt, answer, segments).save(folder / "panel.png")
+        forced = bool(result.forced[0])
+        record = {
+            "image": str(Path(path).resolve()),
+            "prompt": prompt,
+            "answer": answer,
+            # Presence as evaluation counts it: [SEG] was written, and the mask of the first is not empty.
+            "exists": bool(entries) and not forced and entries[0]["pixels"] > 0,
+            "forced": forced,
+            "segments": entries,
+            "model": self.version,
+            "conv_type": self.conv_type,
+            "sasp": dataclasses.asdict(self.model.config.sasp),
+        }
+        (folder / "answer.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        return record
+
+
+def print_answer(record: dict[str, Any], folder: Path) -> None:
+    """The See, Say and Segment lines."""
+    if record["exists"]:
+        see = "yes"
+    elif record["segments"] and not record["forced"]:
+        see = "no, [SEG] was written but its mask is empty"
+    else:
+        see = "no"
+    print(f"See:     {see}")
+    print(f"Say:     {record['answer']}")
+    if not record["segments"]:
+        print("Segment: no [SEG] was produced; --force_segment asks for a mask anyway")
+    elif record["forced"]:
+        print("Segment: no [SEG] was produced; the mask is that of a [SEG] at the end of the answer (--force_segment)")
+    for entry in record["segments"]:
+        labels = entry["point_labels"]
+        points = (
+            f"{len(labels)} points ({labels.count(1)} object, {labels.count(0)} background, {labels.count(-1)} neutral)"
+            if labels
+            else "no points (SasP is off)"
+        )
+        print(f"Segment: {entry['mask']}, {100 * entry['share']:.1f} % of the picture, {points}")
+    print(f"Written: {folder}")
+
+
+def new_folder(root: Path, image: str, prompt: str) -> Path:
+    """A folder that did not exist before, for one answer about one picture.
+
+    Two pictures of one name are told apart by the hash of their absolute paths, two answers by their number.
+    """
+    absolute = Path(image).expanduser().resolve()
+    digest = hashlib.sha1(str(absolute).encode()).hexdigest()[:8]
+    parent = root / f"{absolute.name}-{digest}"
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "question"
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [int(m[1]) for entry in parent.iterdir() if (m := re.match(r"(\d+)-", entry.name))]
+    number = max(taken, default=0) + 1
+    while True:
+        folder = parent / f"{number:02d}-{words}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # another process was quicker
+            number += 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What `test_read.py` and `demo.py` have in common on the command line: which model, how it is loaded, how errors read.
+
+Nothing heavy is imported here, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+DEFAULT_MODEL = "assets/read-mini-base"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SASP_FLAGS = ("num_points", "t_pos", "t_neg", "down_sample", "geometry")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose a model and how it is loaded. All default to None: the checkpoint decides."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--version", "--pretrained_model_path", dest="version", metavar="MODEL",
+        help=f"folder or hub id of a READ or SESAME checkpoint (default: {DEFAULT_MODEL})",
+    )  # fmt: skip
+    group.add_argument("--vision_tower", metavar="CLIP", help="CLIP folder or hub id; overrides the checkpoint's")
+    group.add_argument("--preset", help="SasP and wording of a preset of model/presets.py instead of the checkpoint's")
+    group.add_argument("--precision", choices=tuple(DTYPES), help="dtype (default: bf16 on a GPU, fp32 without)")
+    group.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2"), default="sdpa")
+    group.add_argument("--conv_type", choices=("llava_v1", "vicuna_v1"), help="wording of the system prompt")
+    sasp = parser.add_argument_group("SasP: unless given, as the checkpoint was trained")
+    sasp.add_argument("--sasp", action=argparse.BooleanOptionalAction, help="off: the [SEG] token alone, SESAME's path")
+    sasp.add_argument("--num_points", type=int, help="K, points a mask")
+    sasp.add_argument("--t_pos", type=float, help="similarity from which on a point is foreground")
+    sasp.add_argument("--t_neg", type=float, help="similarity up to which a point is background")
+    sasp.add_argument("--down_sample", type=int, help="averaging of the token grid before points are chosen")
+    sasp.add_argument("--geometry", choices=("released", "exact"), help="place of the points")
+
+
+def configure_sasp(config: Any, options: argparse.Namespace) -> None:
+    """Puts the SasP flags that were given into a model's READConfig."""
+    given = {"enabled": options.sasp} | {name: getattr(options, name) for name in SASP_FLAGS}
+    config.sasp = dataclasses.replace(config.sasp, **{k: v for k, v in given.items() if v is not None})
+
+
+def torch_dtype(precision: str | None, on_gpu: bool) -> Any:
+    """The dtype that --precision means."""
+    import torch
+
+    return getattr(torch, DTYPES[precision or ("bf16" if on_gpu else "fp32")])
+
+
+def one_line(error: BaseException, limit: int = 600) -> str:
+    """An error as one line, for people who need no traceback; a list of a thousand keys is cut."""
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]} …"
