@@ -5,11 +5,12 @@ drawn without end from the training photographs, so no sample is seen twice and 
 
     python scripts/pretrain_mini.py tokenizer --out runs/base        # SentencePiece vocabulary and an untrained model
     python scripts/pretrain_mini.py sam       --out runs/base        # SAM alone: points and boxes -> masks
-    python scripts/pretrain_mini.py sight     --out runs/base        # CLIP tower + LLaMA: words, places, similarity map
+    python scripts/pretrain_mini.py clip      --out runs/base        # CLIP-type tower alone: each patch names what it shows
+    python scripts/pretrain_mini.py sight     --out runs/base        # tower + LLaMA: words, places, similarity map
     python scripts/pretrain_mini.py seg       --out runs/base        # joined through [SEG]; SAM's encoder stays frozen
     python scripts/pretrain_mini.py export    --out runs/base        # fp16 folder assets/read-mini-base
 
-`sam` and `sight` do not touch each other's weights and may run at the same time.
+`sam` and the others before `seg` do not touch each other's weights and may run at the same time.
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ def build_model(folder: Path) -> tuple[READForCausalLM, READProcessor]:
 
 def load_parts(model: READForCausalLM, folder: Path) -> None:
     """Weights of the stages that have run, over the random ones."""
-    for part in ("sam", "sight", "seg"):
+    for part in STAGE_PREFIXES:
         file = folder / f"{part}.pt"
         if file.is_file():
             model.load_state_dict(torch.load(file, weights_only=True), strict=False)
@@ -222,6 +223,7 @@ def load_parts(model: READForCausalLM, folder: Path) -> None:
 
 STAGE_PREFIXES = {
     "sam": ("sam.image_encoder.", "sam.mask_decoder.", "sam.prompt_encoder."),
+    "clip": ("llava.model.vision_tower.",),
     "sight": ("llava.",),
     "seg": ("llava.", "sam.mask_decoder.", "text_hidden_fcs."),
 }
@@ -277,6 +279,34 @@ def sam_step(model: READForCausalLM, rng: np.random.Generator, processor: READPr
     total = {key: value / count for key, value in total.items()}
     total["loss"] = 5 * total["bce"] + total["dice"] + 0.5 * total["score"]
     return total
+
+
+def clip_step(
+    model: READForCausalLM, rng: np.random.Generator, processor: READProcessor, size: int, heads: torch.nn.ModuleDict
+) -> dict:
+    """The tower's own task: each patch tells kind, colour and size of what it shows, and whether it shows a thing."""
+    scenes = [world.make_scene(rng, "train") for _ in range(size)]
+    images = torch.stack([processor.views(scene.image).clip for scene in scenes])
+    layer = model.config.llava.vision_feature_layer
+    states = model.llava.model.vision_tower(images, output_hidden_states=True).hidden_states[layer][:, 1:]
+    grid = math.isqrt(processor.num_patches)
+    values = {"name": list(world.NAMES), "colour": list(world.COLOURS), "size": list(world.EXTENT)}
+    target = {key: torch.full(states.shape[:2], IGNORE_INDEX) for key in values}
+    for b, scene in enumerate(scenes):
+        for thing in scene.things:
+            share = losses.mask_on_token_grid(torch.from_numpy(thing.mask.astype(np.uint8)), grid, CLIP_SIZE)
+            for key, known in values.items():
+                target[key][b, share > 0.5] = known.index(getattr(thing, key))
+    thing_here = target["name"] != IGNORE_INDEX
+    out: dict = {}
+    for key in values:
+        logits = heads[key](states[thing_here]).float()
+        out[key] = torch.nn.functional.cross_entropy(logits, target[key][thing_here])
+        out[f"{key}_acc"] = (logits.argmax(-1) == target[key][thing_here]).float().mean()
+    seen = heads["thing"](states)[..., 0].float()
+    out["thing"] = torch.nn.functional.binary_cross_entropy_with_logits(seen, thing_here.float())
+    out["loss"] = 2 * out["name"] + out["colour"] + 0.5 * out["size"] + out["thing"]
+    return out
 
 
 def dense_words(scenes: list[world.Scene], processor: READProcessor) -> torch.Tensor:
@@ -352,7 +382,11 @@ def train(args: argparse.Namespace) -> None:
     prefixes = STAGE_PREFIXES[args.stage]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefixes))
-    trained = [p for p in model.parameters() if p.requires_grad]
+    width = model.config.llava.vision_config.hidden_size
+    heads = torch.nn.ModuleDict(
+        {key: torch.nn.Linear(width, n) for key, n in (("name", 8), ("colour", 8), ("size", 2), ("thing", 1))}
+    )  # of the clip stage, thrown away after it
+    trained = [p for p in [*model.parameters(), *heads.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     log = (args.out / f"{args.stage}.jsonl").open("a")
     start, step, sums, last_save = time.time(), 0, {}, time.time()
@@ -363,6 +397,8 @@ def train(args: argparse.Namespace) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             if args.stage == "sam":
                 out = sam_step(model, rng, processor, args.batch_size)
+            elif args.stage == "clip":
+                out = clip_step(model, rng, processor, args.batch_size, heads)
             else:
                 hardness = min(1.0, 2 * progress) if args.stage == "sight" else 1.0
                 batch, scenes = make_batch(processor, rng, args.batch_size, args.turns, hardness)

@@ -27,15 +27,16 @@ def same_weights(a, b):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-@pytest.mark.parametrize("golden", [f for f in golden_dirs() if (f / "full_size_keys").is_dir()], ids=lambda f: f.name)
-@pytest.mark.parametrize("name", SIZES)
-def test_full_size_keys_map_both_ways(golden, name):
+def key_lists(names):
+    return [f / f"full_size_keys/{n}.json" for f in golden_dirs() for n in names if (f / f"full_size_keys/{n}.json").is_file()]
+
+
+@pytest.mark.parametrize("file", key_lists(SIZES), ids=lambda f: f.stem)
+def test_full_size_keys_map_both_ways(file):
     recorded = {
-        key: tuple(shape)
-        for key, shape in json.loads((golden / f"full_size_keys/{name}.json").read_text()).items()
-        if not DERIVED.search(key)
+        key: tuple(shape) for key, shape in json.loads(file.read_text()).items() if not DERIVED.search(key)
     }
-    width, inner, layers, heads = SIZES[name]
+    width, inner, layers, heads = SIZES[file.stem]
     text = LlamaConfig(
         vocab_size=32003, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads
     )
@@ -52,19 +53,17 @@ def test_full_size_keys_map_both_ways(golden, name):
     assert model.config.num_patches == 576
 
 
-@pytest.mark.parametrize("golden", [f for f in golden_dirs() if (f / "full_size_keys").is_dir()], ids=lambda f: f.name)
-@pytest.mark.parametrize(
-    ("name", "embed", "depth", "heads", "blocks"),
-    [
-        ("sam_vit_b", 768, 12, 12, (2, 5, 8, 11)),
-        ("sam_vit_l", 1024, 24, 16, (5, 11, 17, 23)),
-        ("sam_vit_h", 1280, 32, 16, (7, 15, 23, 31)),
-    ],
-)
-def test_sam_sizes_are_read_from_shapes(golden, name, embed, depth, heads, blocks):
-    shapes = json.loads((golden / f"full_size_keys/{name}.json").read_text())
-    config = infer_sam_config({key: tuple(shape) for key, shape in shapes.items()})
-    assert config == SamConfig(embed_dim=embed, depth=depth, num_heads=heads, global_attn_indexes=blocks)
+SAM_SIZES = {
+    "sam_vit_b": SamConfig(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11)),
+    "sam_vit_l": SamConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23)),
+    "sam_vit_h": SamConfig(),
+}
+
+
+@pytest.mark.parametrize("file", key_lists(SAM_SIZES), ids=lambda f: f.stem)
+def test_sam_sizes_are_read_from_shapes(file):
+    shapes = json.loads(file.read_text())
+    assert infer_sam_config({key: tuple(shape) for key, shape in shapes.items()}) == SAM_SIZES[file.stem]
 
 
 @pytest.fixture(scope="module", params=GOLDEN, ids=lambda f: f.name)

@@ -64,20 +64,23 @@ def mark_image(prompt: str) -> str:
     return prompt.replace(IMAGE_TOKEN, f"{IM_START}{IMAGE_TOKEN}{IM_END}")
 
 
-def tokenize_prompt(prompt: str, tokenizer: Tokenizer, num_patches: int) -> list[int]:
+def tokenize_prompt(prompt: str, tokenizer: Tokenizer, num_patches: int, mark: bool = True) -> list[int]:
     """Ids of a prompt with each `<image>` expanded into `num_patches` slots; one BOS, no truncation.
 
-    The text on each side of an image is tokenised on its own, as in the original.
+    The text on each side of an image is tokenised on its own, as in the original. `mark` sets the picture between
+    `<im_start>` and `<im_end>`, as all READ weights expect.
     """
     ids: list[int] = []
-    for i, chunk in enumerate(mark_image(prompt).split(IMAGE_TOKEN)):
+    for i, chunk in enumerate((mark_image(prompt) if mark else prompt).split(IMAGE_TOKEN)):
         ids += [IMAGE_TOKEN_INDEX] * num_patches if i else []
         encoded = tokenizer.encode(chunk)
         ids += encoded if i == 0 else encoded[1:]
     return ids
 
 
-def mask_labels(prompt: str, input_ids: list[int], tokenizer: Tokenizer, num_patches: int) -> list[int]:
+def mask_labels(
+    prompt: str, input_ids: list[int], tokenizer: Tokenizer, num_patches: int, mark: bool = True
+) -> list[int]:
     """Labels of a prompt: the ids where an answer or its end token stands, -100 elsewhere (§1, label mask).
 
     Rounds are measured by tokenising them alone, as the original does: the BOS counted with each stands for the end token
@@ -95,8 +98,8 @@ def mask_labels(prompt: str, input_ids: list[int], tokenizer: Tokenizer, num_pat
         parts = turn.split(ANSWER_MARK)
         if len(parts) != 2:
             break
-        length = len(tokenize_prompt(turn, tokenizer, num_patches))
-        instruction = len(tokenize_prompt(parts[0] + ANSWER_MARK, tokenizer, num_patches)) - 2
+        length = len(tokenize_prompt(turn, tokenizer, num_patches, mark))
+        instruction = len(tokenize_prompt(parts[0] + ANSWER_MARK, tokenizer, num_patches, mark)) - 2
         labels[position : position + instruction] = [IGNORE_INDEX] * instruction
         position += length
     labels[position:] = [IGNORE_INDEX] * (len(labels) - position)

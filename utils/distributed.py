@@ -69,7 +69,7 @@ def _start_group(rank: int, size: int, local_rank: int) -> None:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     os.environ.setdefault("MASTER_PORT", "29500")
     if get_accelerator().device_name() == "cpu":
-        # Else DeepSpeed probes for compilers and builds, for half a minute, a shared-memory op that only inference uses.
+        # Else DeepSpeed looks for compilers and builds, half a minute long, a shared-memory op for inference only.
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(verbose=False)
 
