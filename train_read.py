@@ -6,8 +6,7 @@
 
 DeepSpeed ZeRO-2 with the published settings (protocol §3). A run lives in LOG_BASE_DIR/EXP_NAME:
 
-    config.json    the resolved settings; merging and evaluation read them back
-    processor/     tokenizer and image settings, for merging
+    config.json    the resolved settings, which merging reads back; trainable.txt, what trains and what is frozen
     log.jsonl, events.*    losses and scores: as JSON lines, and for TensorBoard
     ckpt_model/    DeepSpeed checkpoints `step<N>`: the last and the best, no others
     best.json      which of them is the best (by cIoU), and its scores
@@ -139,14 +138,7 @@ def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCaus
         sam_checkpoint=args.vision_pretrained,
     )
     args.configure(model.config)
-    processor = READProcessor.from_pretrained(
-        args.version,
-        vision_tower=args.vision_tower,
-        base=not args.eval_only,  # what trains may start from a base without READ's tokens
-        sam_image_size=model.config.sam.image_size,
-        num_patches=model.config.num_patches,
-        conv_type=args.conv_type,
-    )
+    processor = READProcessor.from_pretrained(args.version, **args.processor(model.config))
     if args.model_max_length < model.config.num_patches + 100:
         raise ValueError(
             f"--model_max_length {args.model_max_length} is too short: system prompt and picture alone take "
@@ -158,7 +150,6 @@ def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCaus
         report = set_trainable(model, args.train_mask_decoder)
         if world.is_main:
             (args.run_dir / "trainable.txt").write_text(report + "\n")
-            processor.save_pretrained(args.run_dir / "processor")
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
     return model.to(world.device), processor

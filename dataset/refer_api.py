@@ -124,14 +124,16 @@ class Refer:
             segmentation = self.annotations[single]["segmentation"]
             if not segmentation:
                 continue
-            if isinstance(segmentation, list):
-                rles = coco_mask.frPyObjects(segmentation, height, width)
-            elif isinstance(segmentation["counts"], list):
-                rles = [coco_mask.frPyObjects(segmentation, height, width)]
-            else:
-                rles = [segmentation]
-            total |= coco_mask.decode(rles).max(axis=2).astype(np.uint8)
+            parts = segmentation if isinstance(segmentation, list) else [segmentation]
+            total |= coco_mask.decode([_rle(part, height, width) for part in parts]).max(axis=2).astype(np.uint8)
         return total
+
+
+def _rle(part: list[float] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """Compressed RLE of a polygon, of an uncompressed RLE or of itself."""
+    if isinstance(part, list):
+        return coco_mask.merge(coco_mask.frPyObjects([part], height, width))
+    return coco_mask.frPyObjects(part, height, width) if isinstance(part["counts"], list) else part
 
 
 def _in_split(of_ref: str, wanted: str) -> bool:

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from . import checkpoint, llava, losses, sam, sasp
 from .config import READConfig
 
+
 @dataclasses.dataclass
 class Segments:
     """What the model segmented: one entry a `[SEG]`, M in all, ordered by question, then by place in the answer."""

@@ -57,7 +57,8 @@ def main() -> None:
     np.savez_compressed(args.out / "photos.npz", **photos)
     textures = {}
     for name in TEXTURES:  # the left half is for training, the right half for val and test
-        grey = cv2.resize(cv2.imread(str(args.skimage / f"{name}.png"), cv2.IMREAD_GRAYSCALE), (384, 384), interpolation=cv2.INTER_AREA)
+        whole = cv2.imread(str(args.skimage / f"{name}.png"), cv2.IMREAD_GRAYSCALE)
+        grey = cv2.resize(whole, (384, 384), interpolation=cv2.INTER_AREA)
         textures[f"train/{name}"], textures[f"test/{name}"] = grey[:, :192], grey[:, 192:]
     np.savez_compressed(args.out / "textures.npz", **textures)
     for file in ("photos.npz", "textures.npz"):

@@ -32,9 +32,16 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig  # noqa: E40
 
 from dataset import templates  # noqa: E402
 from dataset.mini import world  # noqa: E402
-from model import LossConfig, READConfig, READForCausalLM, READProcessor, SamConfig, get_preset  # noqa: E402
+from model import (  # noqa: E402
+    LossConfig,
+    READConfig,
+    READForCausalLM,
+    READProcessor,
+    SamConfig,
+    get_preset,
+    losses,  # noqa: E402
+)
 from model import llava as llava_adapter  # noqa: E402
-from model import losses  # noqa: E402
 from model.sam import upscale_logits  # noqa: E402
 from utils.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, with_image  # noqa: E402
 from utils.tokenizer import add_read_tokens, load_tokenizer  # noqa: E402

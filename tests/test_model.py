@@ -143,7 +143,7 @@ def test_nothing_else_moves_in_a_step(lora):
     if lora:
         assert any("lora_" in name for name in moved)
         inside = {name for name in trained if "language_model.layers" in name}
-            assert inside and all("lora_" in name for name in inside)
+        assert inside and all("lora_" in name for name in inside)
 
 
 def test_a_batch_without_seg_gives_every_trainable_tensor_a_gradient():

@@ -191,6 +191,16 @@ class TrainArgs:
             "r": self.lora_r, "alpha": self.lora_alpha, "dropout": self.lora_dropout, "target_modules": targets
         }  # fmt: skip
 
+    def processor(self, config: Any) -> dict[str, Any]:
+        """Keyword arguments of `READProcessor.from_pretrained`, for a model's READConfig."""
+        return {
+            "vision_tower": self.vision_tower,
+            "base": not self.eval_only,  # training may start from a base that lacks READ's tokens, measuring may not
+            "sam_image_size": config.sam.image_size,
+            "num_patches": config.num_patches,
+            "conv_type": self.conv_type,
+        }
+
     # ---- from flags, to and from JSON
 
     @classmethod

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     model.save_pretrained(partial, layout=options.layout)
-    READProcessor.from_pretrained(options.run / "processor").save_pretrained(partial)
+    READProcessor.from_pretrained(args.version, **args.processor(model.config)).save_pretrained(partial)
     record = {"run": str(options.run), "checkpoint": str(source), "base": args.version, "preset": args.preset}
     (partial / "merged_from.json").write_text(json.dumps(record, indent=2) + "\n")
     if options.overwrite and options.out.exists():

@@ -1,0 +1,230 @@
+"""Readers of ReasonSeg and the refer family: the original's trees, the mini world's, broken ones, and the mixture."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from golden_dir import golden_dirs
+
+from dataset import build_eval, build_train, templates
+from dataset.mini.write import write_all
+from dataset.mixture import Mixture
+from dataset.reason_seg import draw_mask, read_annotation
+from dataset.refer_api import Refer, read_pickle
+from dataset.refer_seg import answer
+
+E2E = [f / "e2e" for f in golden_dirs() if (f / "e2e/dataset").is_dir()]
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mini")
+    write_all(root, seed=5, train=6, val=4, test=2)
+    return root
+
+
+# ------------------------------------------------------------------------------------------------ the original's trees
+
+
+@pytest.mark.parametrize("folder", [f for f in E2E if (f / "reasonseg.npz").is_file()], ids=str)
+def test_reason_seg_masks_and_prompts(folder):
+    arrays = np.load(folder / "reasonseg.npz")
+    table = json.loads((folder / "reasonseg.json").read_text())
+    data = build_eval("ReasonSeg", "val", folder / "dataset", protocol="forced")
+    assert len(data) == len(table["images"])
+    for i, entry in enumerate(table["images"]):
+        sample = data[i]
+        assert sample.image_path.endswith(entry["path"].removeprefix("dataset/"))
+        assert np.array_equal(sample.masks, arrays[f"im{i}_gt"])
+        (question, reply), = sample.conversations[0]
+        assert f"\n{question} ASSISTANT: {reply}</s>" in entry["conversation"][0]
+
+
+@pytest.mark.parametrize("folder", [f for f in E2E if (f / "expected_fprefcoco").is_dir()], ids=str)
+def test_fprefcoco_masks_order_and_presence(folder):
+    recorded = json.loads(next((folder / "expected_fprefcoco").glob("preds_*.json")).read_text())
+    data = build_eval("fprefcoco", "val", folder / "dataset", protocol="generate")
+    assert len(data) == len(recorded)
+    for sample, (path, entry) in zip((data[i] for i in range(len(data))), recorded.items(), strict=True):
+        assert sample.image_path.endswith(path.removeprefix("dataset/"))
+        assert sample.exists == [bool(value) for value in entry["gt_exists"]]
+        assert sample.meta["sent_ids"] == list(np.ravel(entry["sent_ids"]))
+        masks = np.load(folder / "expected_fprefcoco/segmentation_mask" / entry["segmentation_path"].split("/")[-1])
+        assert np.array_equal(sample.masks, np.minimum(masks["gt"], 1))
+        assert all(reply is None for ((_, reply),) in sample.conversations)
+
+
+# ------------------------------------------------------------------------------------------------ mini, in the same formats
+
+
+def test_training_samples_fit_their_answers(mini):
+    mixture = build_train(
+        ["refer_seg", "correct_refer_seg", "reason_seg"], [1, 1, 1], mini, refer_seg_data="refcoco",
+        correct_refer_seg_data="fprefcoco", num_classes_per_sample=3,
+    )  # fmt: skip
+    kinds = set()
+    for index in range(60):
+        sample = mixture.sample(0, index)
+        segs = sum(reply.count("[SEG]") for turns in sample.conversations for _, reply in turns)
+        assert segs == len(sample.masks) == sum(sample.exists)
+        assert sample.masks.shape[1:] == sample.image.shape[:2] and set(np.unique(sample.masks)) <= {0, 1}
+        assert all(mask.any() for mask in sample.masks)
+        kinds.add((sample.meta["dataset"], all(sample.exists)))
+    assert {("refcoco", True), ("fprefcoco", False), ("ReasonSeg", True), ("ReasonSeg", False)} <= kinds
+
+
+def test_evaluation_is_fixed_and_complete(mini):
+    for name, split in (("ReasonSeg", "test"), ("refcoco", "val"), ("refcoco", "testA"), ("fprefcoco", "val")):
+        forced, free = (build_eval(name, split, mini, protocol=p) for p in ("forced", "generate"))
+        for i in range(len(forced)):
+            a, b = forced[i], free[i]
+            assert [t[0][0] for t in a.conversations] == [t[0][0] for t in b.conversations][: len(a.conversations)]
+            assert all(t[0][1] == templates.EVAL_ANSWER for t in a.conversations)
+            assert len(a.masks) == len(a.conversations) == len(a.exists) == len(a.questions)
+            for mask, exists in zip(a.masks, a.exists, strict=True):
+                assert (mask == 1).any() == exists
+    asked = build_eval("refcoco", "val", mini, templates="random", seed=1)
+    again = build_eval("refcoco", "val", mini, templates="random", seed=1)
+    assert asked[0].conversations == again[0].conversations != build_eval("refcoco", "val", mini)[0].conversations
+
+
+def test_mini_is_written_the_same_twice(mini, tmp_path):
+    write_all(tmp_path, seed=5, train=6, val=4, test=2)
+    files = sorted(p.relative_to(mini) for p in mini.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    assert all((mini / f).read_bytes() == (tmp_path / f).read_bytes() for f in files)
+
+
+def test_ignore_regions_as_the_original_trains_them_or_really(mini):
+    from dataset.reason_seg import ReasonTraining
+
+    shapes = [{"label": "target", "points": [[1, 1], [8, 1], [8, 8], [1, 8]]},
+              {"label": "IGNORE_me", "points": [[5, 5], [7, 5], [7, 7], [5, 7]]}]  # fmt: skip
+    mask = draw_mask(shapes, 12, 12)
+    assert mask[2, 2] == 1 and mask[6, 6] == 255 and mask[10, 10] == 0
+    kept = ReasonTraining(mini, ignore="ignored")
+    assert any(255 in kept.draw(np.random.default_rng(i)).masks for i in range(40))
+
+
+# ------------------------------------------------------------------------------------------------ mixture
+
+
+def test_a_mixture_is_a_function_of_seed_epoch_and_index(mini):
+    def texts(seed, epoch, indices):
+        mixture = build_train(["refer_seg", "reason_seg"], [1, 1], mini, seed=seed, refer_seg_data="refcoco")
+        return [str(mixture.sample(epoch, i).conversations) for i in indices]
+
+    assert texts(1, 0, range(8)) == texts(1, 0, range(8))
+    assert texts(1, 0, range(8)) != texts(1, 1, range(8)) and texts(1, 0, range(8)) != texts(2, 0, range(8))
+    # Ranks take interleaved indices: they see different samples (in the original they drew the same ones, §8-19).
+    assert texts(1, 0, range(0, 8, 2)) != texts(1, 0, range(1, 8, 2))
+
+
+def test_rates_are_kept_and_checked(mini):
+    class Fixed:
+        def __init__(self, name):
+            self.name = name
+
+        def __len__(self):
+            return 1
+
+        def draw(self, rng):
+            return self.name
+
+    mixture = Mixture([Fixed("a"), Fixed("b")], [9, 1])
+    drawn = [mixture.sample(0, i) for i in range(1000)]
+    assert 860 < drawn.count("a") < 940
+    with pytest.raises(ValueError, match="2 data sets .* but 1 sample rates"):
+        build_train(["refer_seg", "reason_seg"], [1], mini)
+    with pytest.raises(ValueError, match="sem_seg"):
+        build_train(["sem_seg"], [1], mini)
+
+
+# ------------------------------------------------------------------------------------------------ what is broken is named
+
+
+def test_missing_files_are_named(mini, tmp_path):
+    with pytest.raises(FileNotFoundError, match="instances.json|refs"):
+        build_eval("refcoco+", "val", mini)
+    with pytest.raises(FileNotFoundError, match="ReasonSeg/val"):
+        build_eval("ReasonSeg", "val", tmp_path)
+    with pytest.raises(ValueError, match="nosuch"):
+        build_eval("nosuch", "val", mini)
+    with pytest.raises(ValueError, match="testC"):
+        build_eval("refcoco", "testC", mini)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "x.json"), ('{"text": ["a"], "shapes": []}', "is_sentence"), ('{"is_sentence": true, "shapes": []}', "text"),
+     ('{"text": ["a"], "is_sentence": true, "shapes": [{"label": "target", "points": [[1]]}]}', "x.json")],
+)  # fmt: skip
+def test_broken_annotations_name_file_and_field(tmp_path, content, words):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=words) as error:
+        read_annotation(tmp_path / "x.json")
+    assert "x.json" in str(error.value)
+
+
+def test_old_encodings_are_read(tmp_path):
+    text = json.dumps({"text": ["caf\u00e9"], "is_sentence": False, "shapes": []}, ensure_ascii=False)
+    (tmp_path / "x.json").write_bytes(text.encode("cp1252"))
+    assert read_annotation(tmp_path / "x.json").texts == ["caf\u00e9"]
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_pickles_run_no_code(tmp_path, capsys):
+    (tmp_path / "refs.p").write_bytes(pickle.dumps([Trap()]))
+    with pytest.raises(ValueError, match="refs.p"):
+        read_pickle(tmp_path / "refs.p")
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_masks_of_every_coco_kind(mini):
+    refer = Refer(mini, "refcoco")
+    square = [[2.0, 2.0, 9.0, 2.0, 9.0, 9.0, 2.0, 9.0]]
+    refer.annotations = {
+        1: {"segmentation": square},
+        2: {"segmentation": square + square},
+        3: {"segmentation": []},
+        4: {"segmentation": {"size": [12, 12], "counts": [0, 5, 139]}},
+    }
+    assert refer.mask(1, 12, 12).sum() == refer.mask(2, 12, 12).sum() > 0
+    assert refer.mask(2, 12, 12).max() == 1  # overlapping parts count once (§8-15)
+    assert refer.mask(3, 12, 12).sum() == 0 and refer.mask(-1, 12, 12).sum() == 0
+    assert refer.mask(4, 12, 12).sum() == 5
+    assert refer.mask([1, 4], 12, 12).sum() >= refer.mask(1, 12, 12).sum()
+    with pytest.raises(ValueError, match="annotation 9"):
+        refer.mask(9, 12, 12)
+
+
+# ------------------------------------------------------------------------------------------------ templates
+
+
+def test_templates_have_their_numbers_and_roles():
+    counts = {"SHORT_QUESTION": 100, "LONG_QUESTION": 48, "SHORT_ANSWER": 80, "LONG_ANSWER": 35, "NEG_ANSWER": 77,
+              "CORRECT_ANSWER": 99}  # fmt: skip
+    for name, count in counts.items():
+        pool = getattr(templates, name)
+        assert len(pool) == len(set(pool)) == count
+        segs = 1 if name in ("SHORT_ANSWER", "LONG_ANSWER") else 0
+        assert all(text.count("[SEG]") == segs and (not segs or text.endswith("[SEG].")) for text in pool)
+    assert sum("{class_name}" in text for text in templates.SHORT_ANSWER) == 50
+    assert sum("{class_name}" in text for text in templates.NEG_ANSWER) == 76
+    assert all("{class_name}" in text and "{gt_name}" in text for text in templates.CORRECT_ANSWER)
+    assert all("{sent}" in text for text in templates.LONG_QUESTION)
+
+
+def test_false_premises_are_corrected_or_denied():
+    rng = np.random.default_rng(0)
+    false = {"sent": "The Red Bag", "exists": False, "gt_sent": "blue bag", "sent_id": 3}
+    corrected = answer(false, rng, "fprefcoco")
+    assert "the red bag" in corrected and "blue bag" in corrected and "[SEG]" not in corrected
+    assert "[SEG]" not in answer({**false, "gt_sent": None}, rng, "R-refcoco")
+    with pytest.raises(ValueError, match="gt_sent"):
+        answer({**false, "gt_sent": None}, rng, "fprefcoco")
