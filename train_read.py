@@ -55,20 +55,21 @@ def main(argv: list[str] | None = None) -> None:
             "train_read.py: DeepSpeed trains in fp16 on a GPU only; on this machine take --precision bf16 or fp32"
         )
     setup_logging(world.is_main)
-    if not args.eval_only:
-        prepare_run_folder(args, world)
-    log = RunLog(args.run_dir, world.is_main)
+    log = RunLog(None, world.is_main)
     try:
+        check_run_folder(args)
+        train_data, val_data = open_data(args)  # what is missing on disk shows before minutes go into loading a model
         distributed.seed_everything(args.seed)  # the same on all ranks: new weights must agree
         model, processor = build_model(args, world, log)
         if args.eval_only:
-            validate(args, model, processor, world, log, step=0)
+            validate(args, model, processor, val_data, world, log, step=0)
             return
-        model.train()
-        engine = build_engine(args, model, world)
+        make_run_folder(args, model, world)
+        log = RunLog(args.run_dir, world.is_main)
+        engine = build_engine(args, model)
         resume(args, engine, log)
         distributed.seed_everything(args.seed + 1000 * engine.global_steps + world.rank)  # dropout differs by rank
-        train(args, engine, processor, world, log)
+        train(args, engine, processor, build_loader(args, train_data, processor, world), val_data, world, log)
     finally:
         log.close()
         distributed.stop()
@@ -77,39 +78,78 @@ def main(argv: list[str] | None = None) -> None:
 # ------------------------------------------------------------------------------------------------ build
 
 
-def prepare_run_folder(args: TrainArgs, world: World) -> None:
-    """Makes the run's folder and saves the settings; never mixes two runs or changes a model's shape under way."""
+def check_run_folder(args: TrainArgs) -> None:
+    """Refuses to mix two runs in one folder, and to continue with a model of another shape or onto another base."""
+    if args.eval_only:
+        return
+    found = (args.run_dir / "ckpt_model" / "latest").is_file()
+    source = Path(args.resume) if args.resume else args.run_dir
+    continued = args.auto_resume or (args.resume is not None and source.resolve() == args.run_dir.resolve())
+    if found and not (args.overwrite or continued):
+        raise FileExistsError(
+            f"{args.run_dir} holds an earlier run: continue it with --auto_resume, delete it with --overwrite, "
+            "or give this one another --exp_name"
+        )
+    if continued and args.overwrite:
+        raise ValueError(f"--overwrite would delete {args.run_dir}, which is to be continued: give one of the two")
+    if args.resume or (args.auto_resume and found):
+        before = TrainArgs.load(source)
+        names = ("version", "precision", "lora_r", "lora_alpha", "lora_target_modules", "train_mask_decoder")
+        changed = [
+            f"--{name} was {getattr(before, name)!r}, is {getattr(args, name)!r}"
+            for name in names
+            if getattr(before, name) != getattr(args, name)
+        ]
+        if changed:
+            raise ValueError(f"the checkpoint of {source} does not fit these settings:\n" + "\n".join(changed))
+
+
+def make_run_folder(args: TrainArgs, model: READForCausalLM, world: World) -> None:
+    """The run's folder, with the settings and with what trains; a run that is not continued leaves nothing behind."""
+    from model.lora import trainable_report
     from utils import distributed
 
     run = args.run_dir
-    found = (run / "ckpt_model" / "latest").is_file()
-    if found and not (args.overwrite or args.auto_resume or args.resume):
-        raise FileExistsError(
-            f"{run} holds an earlier run: continue it with --auto_resume, delete it with --overwrite, "
-            "or give this one another --exp_name"
-        )
-    source = Path(args.resume) if args.resume else run
-    if args.resume or (args.auto_resume and found):
-        check_same_model(args, TrainArgs.load(source), source)
-    distributed.barrier()  # everyone has looked before the first one writes
+    distributed.barrier()  # all ranks have looked at the folder before the first one changes it
     if world.is_main:
         if args.overwrite and run.exists():
             shutil.rmtree(run)
+        if not (run / "ckpt_model" / "latest").is_file():
+            for stale in [*run.glob("log.jsonl"), *run.glob("events.*"), *run.glob("best.json")]:
+                stale.unlink()  # of a run that ended before its first checkpoint
         run.mkdir(parents=True, exist_ok=True)
         args.save(run / CONFIG_NAME, command=sys.argv, world_size=world.size, versions=package_versions())
+        (run / "trainable.txt").write_text(trainable_report(model) + "\n")
     distributed.barrier()
 
 
-def check_same_model(args: TrainArgs, before: TrainArgs, source: Path) -> None:
-    """Refuses to load a checkpoint into a model of another shape or onto another base."""
-    names = ("version", "precision", "lora_r", "lora_alpha", "lora_target_modules", "train_mask_decoder")
-    changed = [
-        f"--{name} was {getattr(before, name)!r}, is {getattr(args, name)!r}"
-        for name in names
-        if getattr(before, name) != getattr(args, name)
-    ]
-    if changed:
-        raise ValueError(f"the checkpoint of {source} does not fit these settings:\n" + "\n".join(changed))
+def open_data(args: TrainArgs) -> tuple[Any, Any]:
+    """(training mixture or None, validation set or None).
+
+    Raises:
+        FileNotFoundError, ValueError: something named in the flags is not there; the message says what.
+    """
+    from dataset import build_eval, build_train
+
+    train_data = val_data = None
+    if not args.eval_only:
+        names, rates = zip(*args.mixture(), strict=True)
+        train_data = build_train(
+            list(names),
+            list(rates),
+            args.dataset_dir,
+            seed=args.seed,
+            num_classes_per_sample=args.num_classes_per_sample,
+            sem_seg_data=args.sem_seg_data,
+            refer_seg_data=args.refer_seg_data,
+            neg_refer_seg_data=args.neg_refer_seg_data,
+            correct_refer_seg_data=args.correct_refer_seg_data,
+            vqa_data=args.vqa_data,
+            reason_seg_data=args.reason_seg_data,
+        )
+    if args.eval_only or not args.no_eval:
+        val_data = build_eval(args.val_dataset, args.val_split, args.dataset_dir, protocol="forced")
+    return train_data, val_data
 
 
 def package_versions() -> dict[str, str]:
@@ -147,15 +187,14 @@ def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCaus
     log.say(f"base: {args.version}, {args.precision}, {model.config.sasp}")
     if not args.eval_only:
         add_lora(model, **args.lora())
-        report = set_trainable(model, args.train_mask_decoder)
-        if world.is_main:
-            (args.run_dir / "trainable.txt").write_text(report + "\n")
+        set_trainable(model, args.train_mask_decoder)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        model.train()
     return model.to(world.device), processor
 
 
-def build_engine(args: TrainArgs, model: READForCausalLM, world: World) -> Any:
+def build_engine(args: TrainArgs, model: READForCausalLM) -> Any:
     """The DeepSpeed engine; only what trains is handed to the optimiser."""
     import deepspeed
 
@@ -239,27 +278,12 @@ class KeyedMixture:
         return self.mixture.sample(*key)
 
 
-def build_loader(args: TrainArgs, processor: READProcessor, world: World) -> Any:
+def build_loader(args: TrainArgs, mixture: Any, processor: READProcessor, world: World) -> Any:
     """Batches of the training mixture for this rank."""
     from torch.utils.data import DataLoader
 
-    from dataset import build_train
     from dataset.collate import collate
 
-    names, rates = zip(*args.mixture(), strict=True)
-    mixture = build_train(
-        list(names),
-        list(rates),
-        args.dataset_dir,
-        seed=args.seed,
-        num_classes_per_sample=args.num_classes_per_sample,
-        sem_seg_data=args.sem_seg_data,
-        refer_seg_data=args.refer_seg_data,
-        neg_refer_seg_data=args.neg_refer_seg_data,
-        correct_refer_seg_data=args.correct_refer_seg_data,
-        vqa_data=args.vqa_data,
-        reason_seg_data=args.reason_seg_data,
-    )
     batches = args.steps_per_epoch * args.grad_accumulation_steps
     return DataLoader(
         KeyedMixture(mixture),
@@ -281,18 +305,18 @@ def build_loader(args: TrainArgs, processor: READProcessor, world: World) -> Any
 # ------------------------------------------------------------------------------------------------ loop
 
 
-def train(args: TrainArgs, engine: Any, processor: READProcessor, world: World, log: RunLog) -> None:
+def train(
+    args: TrainArgs, engine: Any, processor: READProcessor, loader: Any, val_data: Any, world: World, log: RunLog
+) -> None:
     """Epochs of training, each followed by validation and a checkpoint, until the steps or the time are used up."""
-    loader = build_loader(args, processor, world)
     budget = Budget(args, world)
     best = read_best(args.run_dir)
     over = budget.steps_spent(engine.global_steps)
     while not over:
         train_epoch(args, engine, loader, budget, world, log)
         scores = None
-        if not args.no_eval:
-            scores = validate(args, engine.module, processor, world, log, engine.global_steps)
-            engine.module.train()
+        if val_data is not None:
+            scores = validate(args, engine.module, processor, val_data, world, log, engine.global_steps)
         best = save_checkpoint(args, engine, scores, best, world, log)
         over = budget.spent(engine.global_steps)
     log.say(
@@ -419,14 +443,11 @@ def mean_over_ranks(averages: Any, world: World) -> dict[str, float]:
 
 
 def validate(
-    args: TrainArgs, model: READForCausalLM, processor: READProcessor, world: World, log: RunLog, step: int
+    args: TrainArgs, model: READForCausalLM, processor: READProcessor, data: Any, world: World, log: RunLog, step: int
 ) -> dict[str, Any]:
-    """gIoU and cIoU on --val_dataset with the answers forced (§5); the model is left in evaluation mode."""
-    from dataset import build_eval
+    """gIoU and cIoU on --val_dataset with the answers forced (§5)."""
     from utils.evaluate import evaluate
 
-    data = build_eval(args.val_dataset, args.val_split, args.dataset_dir, protocol="forced")
-    model.eval()
     scores = evaluate(model, processor, data, protocol="forced", rank=world.rank, world=world.size)
     log.record("val", step, {name: value for name, value in scores.items() if isinstance(value, int | float)})
     log.say(

@@ -49,7 +49,7 @@ def test_fprefcoco_masks_order_and_presence(folder):
     for sample, (path, entry) in zip((data[i] for i in range(len(data))), recorded.items(), strict=True):
         assert sample.image_path.endswith(path.removeprefix("dataset/"))
         assert sample.exists == [bool(value) for value in entry["gt_exists"]]
-        assert sample.meta["sent_ids"] == list(np.ravel(entry["sent_ids"]))
+        assert sample.meta["ref_ids"] == np.ravel(entry["ref_ids"]).tolist()
         masks = np.load(folder / "expected_fprefcoco/segmentation_mask" / entry["segmentation_path"].split("/")[-1])
         assert np.array_equal(sample.masks, np.minimum(masks["gt"], 1))
         assert all(reply is None for ((_, reply),) in sample.conversations)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,7 +136,8 @@ def test_merged_model_answers_as_the_trained_one(run: Path, tmp_path: Path) -> N
     assert merged.config.sasp.num_points == 5
     args = TrainArgs.load(run)
     with_lora = merge.build_trained_model(args, merge.read_shards(run / "ckpt_model" / "step4")).eval()
-    assert with_lora.state_dict().keys() > merged.state_dict().keys()
+    assert any("lora_" in name for name in with_lora.state_dict())
+    assert not any("lora_" in name for name in merged.state_dict())
     ids = torch.tensor([[1, 5, 9, 32000, 7]])
     with torch.no_grad():
         a, b = (m.llava.model.language_model(input_ids=ids).last_hidden_state for m in (with_lora, merged))
@@ -146,6 +148,8 @@ def test_merged_model_answers_as_the_trained_one(run: Path, tmp_path: Path) -> N
 
     with pytest.raises(FileExistsError, match="a model already"):
         merge.main([str(run), str(out)])
+    merge.main([str(run), str(out), "--overwrite", "--dtype", "bf16"])
+    assert READForCausalLM.from_pretrained(out, dtype=torch.bfloat16).dtype == torch.bfloat16
     half = tmp_path / "half"
     half.mkdir()
     (half / "config.json").write_text("{}")
@@ -153,6 +157,22 @@ def test_merged_model_answers_as_the_trained_one(run: Path, tmp_path: Path) -> N
         merge.main([str(run), str(half)])
     with pytest.raises(FileNotFoundError, match="step9.*there are: .*step4"):
         merge.main([str(run), str(tmp_path / "new"), "--tag", "step9"])
+
+
+@needs_ckpt
+def test_shards_are_deleted_only_when_asked_and_all_went_well(run: Path, tmp_path: Path) -> None:
+    """The original's script deleted the float32 file even after a failure."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    broken = json.loads((copy / "config.json").read_text())
+    broken["train"]["lora_r"] = 2
+    (copy / "config.json").write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match="does not fit"):
+        merge.main([str(copy), str(tmp_path / "out"), "--delete_shards"])
+    assert (copy / "ckpt_model" / "latest").is_file() and not (tmp_path / "out").exists()
+    (copy / "config.json").write_text((run / "config.json").read_text())
+    merge.main([str(copy), str(tmp_path / "out"), "--delete_shards"])
+    assert not (copy / "ckpt_model").exists()
+    assert READForCausalLM.from_pretrained(tmp_path / "out").config.sasp.num_points == 5
 
 
 @needs_ckpt
@@ -194,11 +214,33 @@ def test_resuming_continues_as_if_never_stopped(data: Path, run: Path, tmp_path:
     with pytest.raises(ValueError, match="lora_r was 4, is 8"):
         train_read.main([*flags(data, tmp_path, "tiny", lora_r=8), "--auto_resume"])
     train_read.main([*flags(data, tmp_path, "tiny"), "--auto_resume"])
+    with pytest.raises(ValueError, match="--overwrite would delete"):
+        train_read.main([*flags(data, tmp_path, "tiny"), "--auto_resume", "--overwrite"])
     resumed = merge.read_shards(tmp_path / "tiny" / "ckpt_model" / "step4")
     through = merge.read_shards(run / "ckpt_model" / "step4")
     assert resumed.keys() == through.keys()
     for name, tensor in through.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@needs_ckpt
+def test_a_new_run_continues_from_another(data: Path, run: Path, tmp_path: Path) -> None:
+    """--resume takes weights, optimiser and step of another run, and leaves that run alone."""
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    train_read.main([*flags(data, tmp_path, "next", epochs=3), "--max_steps", "5", "--no_eval", "--resume", str(run)])
+    assert [line["step"] for line in records(tmp_path / "next", "train")] == [5]
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+    with pytest.raises(FileNotFoundError, match="not a training run"):
+        train_read.main([*flags(data, tmp_path, "other"), "--resume", str(tmp_path / "nowhere")])
+
+
+@needs_ckpt
+def test_what_is_missing_shows_before_a_model_is_loaded(data: Path, tmp_path: Path) -> None:
+    """A data folder that is not there stops the run at once, and leaves no run folder behind."""
+    for changed in ({"val_split": "test"}, {"dataset": "refer_seg"}):
+        with pytest.raises(FileNotFoundError, match=str(data)):
+            train_read.main(flags(data, tmp_path, "missing", version="nowhere", **changed))
+    assert not (tmp_path / "missing").exists()
 
 
 @needs_ckpt
@@ -209,6 +251,7 @@ def test_time_limit_stops_and_saves(data: Path, tmp_path: Path) -> None:
     train_read.main([*flags(data, tmp_path, "long", steps_per_epoch=500), "--time_limit_s", "3", "--no_eval"])
     steps = records(tmp_path / "long", "train")
     assert 0 < len(steps) < 1000
+    assert steps[-1]["lr"] == 0
     assert json.loads((tmp_path / "long" / "best.json").read_text())["step"] == steps[-1]["step"]
 
 

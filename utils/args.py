@@ -144,8 +144,6 @@ class TrainArgs:
             complaints.append(f"--conv_type must be one of {', '.join(SYSTEM)}, found {self.conv_type!r}")
         if self.resume and self.auto_resume:
             complaints.append("--resume names the run to continue, --auto_resume means this one: give one of the two")
-        if self.overwrite and self.auto_resume:
-            complaints.append("--overwrite would delete what --auto_resume continues from: give one of the two")
         try:
             self.mixture()
         except ValueError as error:

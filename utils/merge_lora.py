@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from model import READForCausalLM
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("utils.merge_lora")  # __name__ is __main__ here
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,8 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     log.info("merged %s over %s into %s", source, args.version, options.out)
 
     if options.delete_shards:
-        again = READForCausalLM.from_pretrained(options.out, vision_tower=args.vision_tower)
-        differing = [k for k, v in again.state_dict().items() if not torch.equal(v, model.state_dict()[k].to(v.dtype))]
+        tower = args.vision_tower if options.layout == "released" else None  # our own layout carries it
+        again = READForCausalLM.from_pretrained(options.out, dtype=model.dtype, vision_tower=tower)
+        written = model.state_dict()
+        differing = [name for name, tensor in again.state_dict().items() if not torch.equal(tensor, written[name])]
         if differing:
             raise RuntimeError(f"{options.out} does not read back as written ({differing}); the shards were kept")
         shutil.rmtree(options.run / "ckpt_model")

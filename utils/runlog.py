@@ -37,6 +37,8 @@ def setup_logging(speaks: bool = True) -> None:
     calm = logging.getLogger("DeepSpeed")
     calm.setLevel(logging.WARNING)
     calm.propagate = False
+    # Its scheduler says so each time it is made, and is right to start from 0.
+    calm.addFilter(lambda record: "before it has started" not in record.getMessage())
 
 
 class RunLog:

@@ -24,7 +24,7 @@ from .phrases import ABSENT_ANSWERS, ASKS, COLOURS, EXTREMES, HINTS, NAMES, SIDE
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets/mini"
 SIZES_HW = ((224, 224), (224, 256), (256, 224), (208, 240))
-EXTENT = {"small": (52, 64), "large": (90, 112)}
+EXTENT = {"small": (62, 74), "large": (98, 116)}
 """Longest side of a thing, pixels."""
 VISIBLE = 0.7
 """Least share of a thing that nothing covers."""
