@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Generative evaluation, the protocol of the published FP-RefCOCO numbers:
+#
+#   bash test_read.sh MODEL [flags of test_read.py]
+#   bash test_read.sh rui-qian/READ-7B --dataset_dir ./data --preset read-7b-fprefcoco --compat released
+#
+# The last --data counts. Writes results.json and predictions into --out.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+model=${1:?usage: bash test_read.sh MODEL [flags]}
+
+python test_read.py --version "$model" --protocol generate --data "fprefcoco|val" --out runs/test "${@:2}"
