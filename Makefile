@@ -11,11 +11,14 @@ BIN := $(VENV)/bin
 # New requirements make a new stamp, and so a new installation.
 STAMP := $(VENV)/.read-$(shell cksum < requirements.txt | cut -d' ' -f1)
 
-# Seconds of fine-tuning in the demo, and where it leaves its results.
+# The demo: seconds of fine-tuning, pictures of each data set that are measured, places, and what is asked at the end.
 TRAIN_SECONDS ?= 180
+LIMIT ?= 40
 DEMO ?= runs/demo
 DATA ?= data/mini
 BASE := assets/read-mini-base
+PICTURE ?= $(DATA)/reason_seg/ReasonSeg/val/mini_val_0012.jpg
+QUESTION ?= Which white footwear belongs on a tennis court?
 
 export PATH := $(abspath $(BIN)):$(PATH)
 ifeq ($(shell nvidia-smi -L 2>/dev/null | head -n 1),)
@@ -43,19 +46,20 @@ lint: setup
 demo: setup
 	@printf '\n== 1/7 data in the formats of ReasonSeg, RefCOCO and FP-RefCOCO: $(DATA)\n'
 	python -m dataset.mini --out $(DATA)
-	@printf '\n== 2/7 before: the base $(BASE) on ReasonSeg and RefCOCO val, answers forced\n'
-	bash val_read.sh $(BASE) --dataset_dir $(DATA) --out $(DEMO)/before
-	@printf '\n== 3/7 fine-tuning with DeepSpeed and LoRA for at most $(TRAIN_SECONDS) s: $(DEMO)/train\n'
-	bash train_read.sh mini --log_base_dir $(DEMO) --exp_name train --dataset_dir $(DATA) --no_eval --overwrite \
+	@printf '\n== 2/7 before: the base on ReasonSeg and RefCOCO val, answers forced\n'
+	bash val_read.sh $(BASE) --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/before
+	@printf '\n== 3/7 fine-tuning with DeepSpeed and LoRA for $(TRAIN_SECONDS) s\n'
+	bash train_read.sh mini --version $(BASE) --dataset_dir $(DATA) --log_base_dir $(DEMO) --exp_name train --overwrite --no_eval \
 	  --time_limit_s $(TRAIN_SECONDS)
-	@printf '\n== 4/7 merging LoRA: $(DEMO)/merged\n'
+	@printf '\n== 4/7 merging LoRA into the base\n'
 	bash merge_lora_weight.sh $(DEMO)/train $(DEMO)/merged --overwrite
-	@printf '\n== 5/7 after: the same as 2\n'
-	bash val_read.sh $(DEMO)/merged --dataset_dir $(DATA) --out $(DEMO)/after
-	@printf '\n== 6/7 FP-RefCOCO, answers generated\n'
-	bash test_read.sh $(DEMO)/merged --dataset_dir $(DATA) --out $(DEMO)/test
-	@printf '\n== 7/7 one picture, one question\n'
-	python demo.py --version $(DEMO)/merged --image $(DATA)/reason_seg/ReasonSeg/val/0.jpg --prompt "Which of these carries your books?" --vis_save_path $(DEMO)/answers
+	@printf '\n== 5/7 after: as in 2\n'
+	bash val_read.sh $(DEMO)/merged --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/after
+	python -m utils.compare $(DEMO)/before $(DEMO)/after
+	@printf '\n== 6/7 FP-RefCOCO val, answers generated\n'
+	bash test_read.sh $(DEMO)/merged --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/test
+	@printf '\n== 7/7 one picture, one question: $(DEMO)/answers\n'
+	python demo.py --version $(DEMO)/merged --image $(PICTURE) --prompt "$(QUESTION)" --vis_save_path $(DEMO)/answers
 
 clean:
 	rm -rf runs/demo data/mini .pytest_cache .ruff_cache

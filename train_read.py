@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -285,12 +286,13 @@ def build_loader(args: TrainArgs, mixture: Any, processor: READProcessor, world:
     from dataset.collate import collate
 
     batches = args.steps_per_epoch * args.grad_accumulation_steps
+    workers = min(args.workers, os.cpu_count() or 1)  # more than there are cores only get into each other's way
     return DataLoader(
         KeyedMixture(mixture),
         batch_size=args.batch_size,
         sampler=EpochSampler(batches, args.batch_size, world.rank, world.size),
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         collate_fn=partial(
             collate,
             processor=processor,

@@ -27,6 +27,7 @@ ENTRIES = {
     "demo.py": "demo",
     "utils.merge_lora": "utils.merge_lora",
     "dataset.mini": "dataset.mini.__main__",
+    "utils.compare": "utils.compare",
 }
 """What a command may run -> the module whose `main` parses it."""
 
@@ -59,23 +60,24 @@ def entry_of(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 def through_script(words: list[str]) -> list[str]:
-    """`bash x.sh A --b c` as the command that x.sh runs: its live command with "$1", "$@", "${@:n}" filled in."""
+    """`bash x.sh A --b c` as the command that x.sh runs: its live command with its parameters filled in."""
     for i, word in enumerate(words):
         if word.endswith(".sh") and (ROOT / word).is_file():
+            names = dict(re.findall(r"^(\w+)=\$\{(\d)", (ROOT / word).read_text(), flags=re.MULTILINE))
             given = words[i + 1 :]
-            return [part for token in live_command(ROOT / word) for part in _fill(token, given)]
+            return [part for token in live_command(ROOT / word) for part in _fill(token, given, names)]
     return words
 
 
-def _fill(token: str, given: list[str]) -> list[str]:
-    if match := re.fullmatch(r"\$\{@:(\d+)\}", token):
-        return given[int(match[1]) - 1 :]
+def _fill(token: str, given: list[str], names: dict[str, str]) -> list[str]:
+    """A word of a script with "$@", "${@:2}", "$1" or a variable that was set to one of them replaced."""
     if token == "$@":
         return given
-    if match := re.fullmatch(r"\$\{?(\d)(?::\?.*)?\}?", token):
-        return given[int(match[1]) - 1 : int(match[1])]
-    if token == "$preset":
-        return given[:1]
+    if match := re.fullmatch(r"\$\{@:(\d+)\}", token):
+        return given[int(match[1]) - 1 :]
+    if match := re.fullmatch(r"\$\{?(\w+)(?::\?.*)?\}?", token):
+        place = names.get(match[1], match[1])
+        return given[int(place) - 1 : int(place)] if place.isdigit() else [token]
     return [token]
 
 
@@ -144,6 +146,19 @@ def test_shown_command_parses(where: str, words: list[str]) -> None:
     assert found is not None, f"{where}: {' '.join(words)} runs nothing that is known here"
     entry, arguments = found
     parse(entry, [word for word in arguments if "$" not in word])
+
+
+def test_results_are_compared_only_if_measured_alike() -> None:
+    """A forced score beside a generated one would be no comparison."""
+    from utils.compare import compare
+
+    rows = [{"dataset": "ReasonSeg", "split": "val", "giou": 0.5, "ciou": 0.25}]
+    before = {"protocol": "forced", "results": rows}
+    after = {"protocol": "forced", "results": [{**rows[0], "ciou": 0.75}, {**rows[0], "split": "test"}]}
+    assert compare(before, after).splitlines()[1].split() == ["ReasonSeg|val", "50.00", "50.00", "25.00", "75.00"]
+    assert len(compare(before, after).splitlines()) == 2
+    with pytest.raises(ValueError, match="protocol 'forced' and 'generate'"):
+        compare(before, {**after, "protocol": "generate"})
 
 
 # ------------------------------------------------------------------------------------------------ the flags

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     from utils.runlog import setup_logging
 
     setup_logging()
+    logging.getLogger("model.lora").setLevel(logging.WARNING)  # what trained was said when it was trained
     args = TrainArgs.load(options.run)
     check_out(options.out, options.overwrite)
 
