@@ -174,7 +174,6 @@ def load(
         config.sasp, config.loss, config.conv_type = chosen.sasp, chosen.loss, chosen.conv_type
     with init_empty_weights(include_buffers=False):
         model = cls(config, attn_implementation=attn_implementation)
-    model.config._attn_implementation_internal = attn_implementation
 
     state: dict[str, torch.Tensor] = {}
     unexpected = []
