@@ -157,13 +157,17 @@ class READForCausalLM(PreTrainedModel):
             inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=places, use_cache=False
         ).last_hidden_state
         question, position = llava.seg_positions(input_ids, self.config.seg_token_id)
-        segments = self._segment(
-            hidden, input_ids, question, position, sam_images, sam_sizes, original_sizes, image_of_question,
-            released_rows=compat == "released",
-        )  # fmt: skip
+        pictures = (sam_images, sam_sizes, original_sizes, image_of_question, compat == "released")
+        segments = self._segment(hidden, input_ids, question, position, *pictures)
         output = READOutput(segments=segments)
         if labels is None:
             return output
+        stand_in = None
+        if len(segments) == 0:
+            # Without any [SEG] the mask branch would get no gradient, and ZeRO's ranks, which reduce gradients in the order
+            # in which they arrive, would wait for each other. So one is drawn here, where it would be, and counts nothing.
+            first = torch.zeros(1, dtype=torch.long, device=hidden.device)
+            stand_in = self._segment(hidden, input_ids, first, first + hidden.shape[1] - 1, *pictures)
         weights = self.config.loss
         output.ce_loss = losses.answer_loss(hidden, labels, self.llava.lm_head)
         output.bce_loss, output.dice_loss = losses.mask_losses(segments.mask_logits, masks)
@@ -173,17 +177,9 @@ class READForCausalLM(PreTrainedModel):
                 segments.similarity, masks, self.config.hidden_size, self.config.clip_image_size
             )
             output.loss = output.loss + weights.sim * output.sim_loss
-        if len(segments) == 0:
-            output.loss = output.loss + self._no_mask_gradient()
+        if stand_in is not None:
+            output.loss = output.loss + 0 * stand_in.mask_logits[0].sum()
         return output
-
-    def _no_mask_gradient(self) -> torch.Tensor:
-        """A zero that gives every trainable tensor of the mask branch a gradient of zeros.
-
-        In a batch without [SEG] they would get none, and ranks that disagree on who has a gradient wait for each other.
-        """
-        branch = [*self.text_hidden_fcs.parameters(), *self.sam.parameters()]
-        return sum((p.sum() * 0 for p in branch if p.requires_grad), start=torch.zeros((), device=self.device))
 
     # -------------------------------------------------------------------------------------------- generation
 

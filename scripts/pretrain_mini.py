@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -379,6 +380,18 @@ def seg_step(model: READForCausalLM, batch: dict, rng: np.random.Generator) -> d
             "ciou": inter / max(union, 1), **map_scores(out.segments.similarity, batch["masks"])}  # fmt: skip
 
 
+def build_optimizers(trained: dict[str, torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices inside transformer layers, AdamW for the rest (embeddings, heads, norms, convolutions)."""
+    inner = re.compile(r"(layers|blocks|final_attn_token_to_image)\.")
+    matrices = [p for name, p in trained.items() if p.ndim == 2 and inner.search(name) and "rel_pos" not in name]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in trained.values() if id(p) not in inside]
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+
+
 def train(args: argparse.Namespace) -> None:
     """One stage, for `--minutes` of wall clock; the learning rate follows the clock, so a busy machine ends it well too."""
     torch.manual_seed(args.seed)
@@ -394,12 +407,12 @@ def train(args: argparse.Namespace) -> None:
         {key: torch.nn.Linear(width, n) for key, n in (("name", 8), ("colour", 8), ("size", 2), ("thing", 1))}
     )  # of the clip stage, thrown away after it
     trained = [p for p in [*model.parameters(), *heads.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizers = build_optimizers({n: p for n, p in [*model.named_parameters(), *heads.named_parameters()] if p.requires_grad})
     log = (args.out / f"{args.stage}.jsonl").open("a")
     start, step, sums, last_save = time.time(), 0, {}, time.time()
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
         rate = args.lr * min(1, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * progress)) * 0.98 + 0.02)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             if args.stage == "sam":
@@ -413,10 +426,12 @@ def train(args: argparse.Namespace) -> None:
                     out = sight_step(model, batch, dense_words(scenes, processor))
                 else:
                     out = seg_step(model, batch, rng)
-        optimizer.zero_grad()
+        model.zero_grad()
+        heads.zero_grad()
         out["loss"].backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         for key, value in out.items():
             sums.setdefault(key, []).append(float(value.detach() if isinstance(value, torch.Tensor) else value))

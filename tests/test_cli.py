@@ -94,8 +94,11 @@ def shown_commands() -> list[tuple[str, list[str]]]:
     made = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     sources = [("Makefile", re.sub(r"\\\n\s*", " ", made))]
     if (ROOT / "README.md").is_file():
-        blocks = re.findall(r"```(?:bash|sh|shell)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-        sources.append(("README.md", re.sub(r"\\\n\s*", " ", "\n".join(blocks))))
+        text = (ROOT / "README.md").read_text()
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+        spans = re.findall(r"`((?:bash|python) [^`\n]+)`", text)
+        shown = [block for language, block in blocks if language in ("", "bash", "sh", "shell")] + spans
+        sources.append(("README.md", re.sub(r"\\\n\s*", " ", "\n".join(shown))))
     for where, text in sources:
         for line in text.splitlines():
             if line.lstrip().startswith("#"):
@@ -145,7 +148,7 @@ def test_shown_command_parses(where: str, words: list[str]) -> None:
     found = entry_of(through_script(words))
     assert found is not None, f"{where}: {' '.join(words)} runs nothing that is known here"
     entry, arguments = found
-    parse(entry, [word for word in arguments if "$" not in word])
+    parse(entry, [word for word in arguments if "$" not in word and word != "--help"])
 
 
 def test_results_are_compared_only_if_measured_alike() -> None:

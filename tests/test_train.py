@@ -265,7 +265,7 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
     subprocess.run(
         [*launch, "train_read.py", *two, "--max_steps", "2"],
         cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        check=True, capture_output=True, text=True,
+        check=True, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert len(list((tmp_path / "two" / "ckpt_model" / "step2").glob("*optim_states.pt"))) == 2
     a = merge.read_shards(tmp_path / "one" / "ckpt_model" / "step2")

@@ -124,7 +124,7 @@ def evaluate(
                     presence = (bool(sample.exists[n]), prediction.exists) if protocol == "generate" else (None, None)
                     for name in ("all", *_subsets(sample, n, row + n)):
                         meters.setdefault(name, SegmentationMeter()).add(pixels, *presence)
-                    file.write(index, row + n, lambda n=n, p=prediction, o=pixels: _record(sample, n, p, o))
+                    file.write(index, row + n, lambda s=sample, n=n, p=prediction, o=pixels: _record(s, n, p, o))
                 row += len(found)
     model.train(was_training)
 
