@@ -20,7 +20,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {0: "t-shirt", 1: "trousers", 2: "pullover", 3: "dress", 5: "sandal", 7: "sneaker", 8: "bag", 9: "boot"}
-COUNTS = {"train": 280, "test": 80}
+COUNTS = {"train": 700, "test": 80}
 FILES = {"train": "train", "test": "t10k"}
 TEXTURES = ("brick", "grass", "gravel")
 

@@ -95,7 +95,7 @@ def _textures() -> dict[str, np.ndarray]:
     return dict(np.load(ASSETS / "textures.npz"))
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2048)
 def _cutout(key: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     """(luminance, alpha) of one photograph at four times its size, float32 in [0, 1]."""
     photo = _photos()[key][index]
