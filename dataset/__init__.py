@@ -9,8 +9,9 @@ from .mixture import Mixture
 from .reason_seg import ReasonEvaluation, ReasonTraining
 from .refer_api import SPLIT_BY
 from .refer_seg import ReferEvaluation, ReferTraining
+from .vqa import VqaTraining
 
-TRAIN_SETS = ("refer_seg", "correct_refer_seg", "neg_refer_seg", "reason_seg")
+TRAIN_SETS = ("refer_seg", "correct_refer_seg", "neg_refer_seg", "reason_seg", "vqa")
 EVAL_SETS = ("ReasonSeg", *SPLIT_BY)
 
 
@@ -25,6 +26,7 @@ def build_train(
     neg_refer_seg_data: str = "R-refcocog||R-refcoco||R-refcoco+",
     correct_refer_seg_data: str = "fprefcocog||fprefcoco||fprefcoco+",
     reason_seg_data: str = "ReasonSeg|train",
+    vqa_data: str = "llava_instruct_150k",
     **unused: str,
 ) -> Mixture:
     """The training mixture of named families and their rates; `a||b` names the members of a family (§3, flags).
@@ -46,6 +48,8 @@ def build_train(
             sets.append(ReferTraining(dataset_dir, members[name].split("||"), num_classes_per_sample))
         elif name == "reason_seg":
             sets.append(ReasonTraining(dataset_dir, reason_seg_data, num_classes_per_sample))
+        elif name == "vqa":
+            sets.append(VqaTraining(dataset_dir, vqa_data))
         else:
             raise ValueError(f"no training set {name!r}; there are {', '.join(TRAIN_SETS)}")
     return Mixture(sets, rates, seed)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig  # noqa: E402
 
 from dataset import templates  # noqa: E402
-from dataset.mini import world  # noqa: E402
+from dataset.mini import phrases, world  # noqa: E402
 from model import (  # noqa: E402
     LossConfig,
     READConfig,
@@ -48,7 +48,6 @@ from utils.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, with_image  # no
 from utils.tokenizer import add_read_tokens, load_tokenizer  # noqa: E402
 
 CLIP_SIZE, PATCH, SAM_SIZE = 168, 14, 256
-CAPTION_QUESTIONS = ("What do you see in this picture?", "Describe the picture.", "Which things are here, and where?")
 NAMED_REASONS = (
     "You would take the {name}, it is [SEG].",
     "The {name} fits that, it is [SEG].",
@@ -80,7 +79,7 @@ def dialogue(
         kind = rng.random()
         source = reasons if kind < 0.25 and reasons else absent if kind < 0.4 and absent else pool
         if kind > 0.9:
-            chosen.append((CAPTION_QUESTIONS[rng.integers(len(CAPTION_QUESTIONS))], world.caption(scene, rng), None))
+            chosen.append((_pick(phrases.CAPTION_QUESTIONS, rng), world.caption(scene, rng), None))
         elif source:
             chosen.append(source.pop(rng.integers(len(source))))
     return [(question, answer) for question, answer, _ in chosen], [mask for *_, mask in chosen if mask is not None]
@@ -455,11 +454,16 @@ def save_stage(model: READForCausalLM, folder: Path, stage: str) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """The base as a folder of fp16 safetensors, loadable on its own."""
+    """The base as a folder of fp16 safetensors, loadable on its own, and how it was learnt, in curve.jsonl."""
     model, processor = build_model(args.out)
     load_parts(model, args.out)
     model.config.loss = get_preset("mini").loss
     model.half().save_pretrained(args.to, processor=processor)
+    with (args.to / "curve.jsonl").open("w") as curve:
+        for stage in STAGE_PREFIXES:
+            file = args.out / f"{stage}.jsonl"
+            for line in file.read_text().splitlines() if file.is_file() else ():
+                curve.write(json.dumps({"stage": stage} | json.loads(line)) + "\n")
     print(f"wrote {args.to}: {sum(f.stat().st_size for f in Path(args.to).iterdir()) / 1e6:.1f} MB")
 
 

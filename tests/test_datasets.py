@@ -107,6 +107,37 @@ def test_ignore_regions_as_the_original_trains_them_or_really(mini):
     assert any(255 in kept.draw(np.random.default_rng(i)).masks for i in range(40))
 
 
+def test_dialogues_keep_their_turns_and_have_no_masks(mini, tmp_path):
+    from dataset.vqa import VqaTraining
+
+    data = VqaTraining(mini)
+    items = json.loads((mini / "llava_dataset/llava_instruct_150k.json").read_text())
+    for seed in range(6):
+        sample = data.draw(np.random.default_rng(seed))
+        (item,) = [item for item in items if item["id"] == sample.meta["id"]]
+        (turns,) = sample.conversations
+        assert [reply for _, reply in turns] == [said["value"] for said in item["conversations"][1::2]]
+        assert [question for question, _ in turns][1:] == [said["value"] for said in item["conversations"][2::2]]
+        assert "<image>" not in turns[0][0] and turns[0][0].strip() == turns[0][0] != ""
+        assert sample.masks.shape == (0, *sample.image.shape[:2]) and sample.exists == [False]
+    mixture = build_train(["vqa", "reason_seg"], [1, 1], mini)
+    assert {mixture.sample(0, i).meta["dataset"] for i in range(20)} == {"llava_instruct_150k", "ReasonSeg"}
+
+    folder = tmp_path / "llava_dataset"
+    folder.mkdir()
+    (tmp_path / "coco/train2017").mkdir(parents=True)
+    for content, words in (
+        ("[]", "must be a list"),
+        ("{", "no JSON"),
+        ('[{"image": "a.jpg"}]', "dialogue 0 lacks the field 'conversations'"),
+        ('[{"image": "a.jpg", "conversations": [{"from": "human", "value": "Why?"}]}]', "must alternate"),
+        ('[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]', "lacks the field 'image'"),
+    ):
+        (folder / "llava_instruct_150k.json").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            VqaTraining(tmp_path).draw(np.random.default_rng(0))
+
+
 # ------------------------------------------------------------------------------------------------ mixture
 
 

@@ -149,3 +149,7 @@ EXTREMES = {
     "top": ("topmost {}", "{} at the top"),
     "bottom": ("lowest {}", "{} at the bottom"),
 }
+
+CAPTION_QUESTIONS = ("What do you see in this picture?", "Describe the picture.", "Which things are here, and where?")
+
+COUNT_WORDS = ("none", "one", "two", "three", "four", "five")

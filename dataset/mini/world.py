@@ -6,6 +6,7 @@
     false_premises(scene, rng)  -> phrases that fit nothing, with the nearest true one
     false_reasoning(scene, rng) -> questions that nothing answers
     caption(scene, rng)         -> all things, where they are
+    small_talk(scene, rng)      -> questions that want words alone, with answers
 
 Everything is a function of the generator handed in. Coordinates are (x, y), pixels of the picture. The photographs are
 Fashion-MNIST's, the grounds scikit-image's (see assets/mini/README.md); `train` and `test` share neither.
@@ -20,7 +21,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .phrases import ABSENT_ANSWERS, ASKS, COLOURS, EXTREMES, HINTS, NAMES, SIDES, SINGULAR
+from .phrases import (
+    ABSENT_ANSWERS,
+    ASKS,
+    CAPTION_QUESTIONS,
+    COLOURS,
+    COUNT_WORDS,
+    EXTREMES,
+    HINTS,
+    NAMES,
+    SIDES,
+    SINGULAR,
+)
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets/mini"
 SIZES_HW = ((224, 224), (224, 256), (256, 224), (208, 240))
@@ -344,3 +356,14 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         article = "" if thing.name in SINGULAR else "a "
         said.append(f"{article}{thing.size} {thing.colour} {_name(rng, thing.name)} at the {place}")
     return f"There is {', '.join(said[:-1])} and {said[-1]}." if len(said) > 1 else f"There is {said[0]}."
+
+
+def small_talk(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions that want words and no mask, with their answers, in a random order."""
+    talk = [(CAPTION_QUESTIONS[rng.integers(len(CAPTION_QUESTIONS))], caption(scene, rng))]
+    count = len(scene.things)
+    talk.append(("How many things are there?", f"There {'is' if count == 1 else 'are'} {COUNT_WORDS[count]}."))
+    for i, thing in enumerate(scene.things):
+        if thing.name not in SINGULAR and _matching(scene, {"name": thing.name}) == [i]:
+            talk.append((f"Which colour has the {_name(rng, thing.name)}?", f"It is {thing.colour}."))
+    return [talk[i] for i in rng.permutation(len(talk))]

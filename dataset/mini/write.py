@@ -1,8 +1,9 @@
-"""Writes the mini world in the formats of ReasonSeg, RefCOCO and FP-RefCOCO (protocol §2), the same bytes for the same seed.
+"""Writes the mini world in the formats of ReasonSeg, RefCOCO, FP-RefCOCO, LLaVA-Instruct (§2), the same bytes for a seed.
 
     reason_seg/ReasonSeg/{train,val,test}/*.jpg + *.json
     refer_seg/{refcoco,fprefcoco}/{instances.json, refs(<splitBy>).p}
     refer_seg/images/mscoco/images/train2014/COCO_train2014_*.jpg
+    llava_dataset/llava_instruct_150k.json, coco/train2017/*.jpg
 
 Training scenes use the training photographs, all others the test photographs, and every split has seeds of its own.
 """
@@ -26,7 +27,7 @@ IGNORE_SHARE = 0.2
 """ReasonSeg files that leave one other thing out of the measure."""
 CATEGORIES = {name: i + 1 for i, name in enumerate(NAMES)}
 SPLITS = ("train", "val", "test", "testA", "testB")
-FAMILIES = ("reason_seg", "refcoco", "fprefcoco")
+FAMILIES = ("reason_seg", "refcoco", "fprefcoco", "vqa")
 
 
 def _rng(seed: int, family: str, split: str, number: int) -> np.random.Generator:
@@ -184,6 +185,28 @@ def _with_false_premises(
     return out
 
 
+# ------------------------------------------------------------------------------------------------ LLaVA-Instruct
+
+
+def write_vqa(root: Path, seed: int, count: int) -> None:
+    """`count` pictures with a dialogue of up to three turns about them, none of which wants a mask."""
+    images = root / "coco/train2017"
+    images.mkdir(parents=True, exist_ok=True)
+    (root / "llava_dataset").mkdir(parents=True, exist_ok=True)
+    items = []
+    for number in range(count):
+        rng = _rng(seed, "vqa", "train", number)
+        scene = _scene(rng, "train", lambda scene: True)
+        _write_jpeg(images / f"{number:012d}.jpg", scene.image)
+        talk = world.small_talk(scene, rng)[: rng.integers(1, 4)]
+        said = []
+        for question, answer in talk:
+            said += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        said[0]["value"] = "<image>\n" + said[0]["value"] if rng.random() < 0.5 else said[0]["value"] + "\n<image>"
+        items.append({"id": f"{number:012d}", "image": f"{number:012d}.jpg", "conversations": said})
+    (root / "llava_dataset/llava_instruct_150k.json").write_text(json.dumps(items, indent=1) + "\n")
+
+
 def write_all(root: Path, seed: int = 0, train: int = 600, val: int = 80, test: int = 60) -> None:
     """The whole data folder."""
     write_reason_seg(root, seed, {"train": train // 2, "val": val, "test": test})
@@ -191,3 +214,4 @@ def write_all(root: Path, seed: int = 0, train: int = 600, val: int = 80, test: 
         root, seed, "refcoco", {"train": train, "val": val, "testA": test // 2, "testB": test // 2}, first_image=1
     )
     write_refer(root, seed, "fprefcoco", {"train": train, "val": val}, first_image=after)
+    write_vqa(root, seed, train // 6)
