@@ -147,6 +147,7 @@ def open_data(args: TrainArgs) -> tuple[Any, Any]:
             correct_refer_seg_data=args.correct_refer_seg_data,
             vqa_data=args.vqa_data,
             reason_seg_data=args.reason_seg_data,
+            allow_missing=args.allow_missing,
         )
     if args.eval_only or not args.no_eval:
         val_data = build_eval(args.val_dataset, args.val_split, args.dataset_dir, protocol="forced")

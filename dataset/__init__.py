@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from .mixture import Mixture
+from .mixture import Drawable, Members, Mixture
 from .reason_seg import ReasonEvaluation, ReasonTraining
 from .refer_api import SPLIT_BY
 from .refer_seg import ReferEvaluation, ReferTraining
+from .sem_seg import SemSegTraining
 from .vqa import VqaTraining
 
-TRAIN_SETS = ("refer_seg", "correct_refer_seg", "neg_refer_seg", "reason_seg", "vqa")
+TRAIN_SETS = ("sem_seg", "refer_seg", "correct_refer_seg", "vqa", "neg_refer_seg", "reason_seg")
 EVAL_SETS = ("ReasonSeg", *SPLIT_BY)
 
 
@@ -22,37 +24,65 @@ def build_train(
     *,
     seed: int = 42,
     num_classes_per_sample: int = 1,
+    sem_seg_data: str = "ade20k||cocostuff||pascal_part||paco_lvis||mapillary",
     refer_seg_data: str = "refclef||refcoco||refcoco+||refcocog",
     neg_refer_seg_data: str = "R-refcocog||R-refcoco||R-refcoco+",
     correct_refer_seg_data: str = "fprefcocog||fprefcoco||fprefcoco+",
-    reason_seg_data: str = "ReasonSeg|train",
     vqa_data: str = "llava_instruct_150k",
-    **unused: str,
+    reason_seg_data: str = "ReasonSeg|train",
+    allow_missing: bool = False,
 ) -> Mixture:
     """The training mixture of named families and their rates; `a||b` names the members of a family (§3, flags).
 
+    Args:
+        allow_missing: what is not on disk is named in a warning and left out; the rest keeps its proportions.
+
     Raises:
         ValueError: an unknown family, or as many rates as families are not given.
-        FileNotFoundError: a member is not on disk; the message names the file.
+        FileNotFoundError: members are not on disk; the message names all of them, and their files.
     """
     if len(dataset) != len(rates):
         raise ValueError(f"{len(dataset)} data sets ({', '.join(dataset)}) but {len(rates)} sample rates ({list(rates)})")
+    unknown = [name for name in dataset if name not in TRAIN_SETS]
+    if unknown:
+        raise ValueError(f"no training set {unknown[0]!r}; there are {', '.join(TRAIN_SETS)}")
+    k = num_classes_per_sample
     members = {
-        "refer_seg": refer_seg_data,
-        "neg_refer_seg": neg_refer_seg_data,
-        "correct_refer_seg": correct_refer_seg_data,
+        "sem_seg": sem_seg_data.split("||"),
+        "refer_seg": refer_seg_data.split("||"),
+        "neg_refer_seg": neg_refer_seg_data.split("||"),
+        "correct_refer_seg": correct_refer_seg_data.split("||"),
+        "vqa": [vqa_data],
+        "reason_seg": [reason_seg_data],
     }
-    sets = []
-    for name in dataset:
-        if name in members:
-            sets.append(ReferTraining(dataset_dir, members[name].split("||"), num_classes_per_sample))
-        elif name == "reason_seg":
-            sets.append(ReasonTraining(dataset_dir, reason_seg_data, num_classes_per_sample))
-        elif name == "vqa":
-            sets.append(VqaTraining(dataset_dir, vqa_data))
-        else:
-            raise ValueError(f"no training set {name!r}; there are {', '.join(TRAIN_SETS)}")
-    return Mixture(sets, rates, seed)
+    sets, kept, missing = [], [], []
+    for name, rate in zip(dataset, rates, strict=True):
+        there = []
+        for member in members[name]:
+            try:
+                there.append(_open_member(name, member, dataset_dir, k))
+            except FileNotFoundError as error:
+                missing.append(f"{name}, {member}: {error}")
+        if there:
+            sets.append(Members(there))
+            kept.append(rate)
+    if missing:
+        told = "\n  ".join(missing)
+        if not allow_missing or not sets:
+            hint = "" if sets else "; nothing of it is left to train on"
+            raise FileNotFoundError(f"not on disk (--allow_missing trains without){hint}:\n  {told}")
+        logging.getLogger(__name__).warning("trains without what is not on disk:\n  %s", told)
+    return Mixture(sets, kept, seed)
+
+
+def _open_member(family: str, member: str, dataset_dir: str | Path, k: int) -> Drawable:
+    if family == "sem_seg":
+        return SemSegTraining(dataset_dir, member, k)
+    if family == "reason_seg":
+        return ReasonTraining(dataset_dir, member, k)
+    if family == "vqa":
+        return VqaTraining(dataset_dir, member)
+    return ReferTraining(dataset_dir, member, k)
 
 
 def build_eval(

@@ -22,6 +22,19 @@ class Drawable(Protocol):
     def draw(self, rng: np.random.Generator) -> Sample: ...
 
 
+class Members:
+    """The members of a family, drawn from with even odds whatever their size (§2)."""
+
+    def __init__(self, members: Sequence[Drawable]) -> None:
+        self.members = list(members)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.members))
+
+    def draw(self, rng: np.random.Generator) -> Sample:
+        return self.members[rng.integers(len(self.members))].draw(rng)
+
+
 class Mixture:
     """Training sets, each drawn from in proportion to its rate."""
 

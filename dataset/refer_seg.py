@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,20 @@ from .types import Sample
 
 
 class ReferTraining:
-    """Referring expressions to learn from: uniform over data sets, then over pictures, then `k` of its expressions."""
+    """Referring expressions of one set to learn from: uniform over pictures, then `k` of the picture's expressions."""
 
-    def __init__(self, dataset_dir: str | Path, names: Sequence[str], k: int = 1) -> None:
-        self.sets = [Refer(dataset_dir, name) for name in names]
-        self.pictures = [refer.of_split("train") for refer in self.sets]
+    def __init__(self, dataset_dir: str | Path, name: str, k: int = 1) -> None:
+        self.refer = Refer(dataset_dir, name)
+        self.pictures = self.refer.of_split("train")
         self.k = k
 
     def __len__(self) -> int:
-        return sum(map(len, self.pictures))
+        return len(self.pictures)
 
     def draw(self, rng: np.random.Generator) -> Sample:
         """A random picture with up to `k` different expressions."""
-        which = int(rng.integers(len(self.sets)))
-        refer, pictures = self.sets[which], self.pictures[which]
-        picture = pictures[rng.integers(len(pictures))]
+        refer = self.refer
+        picture = self.pictures[rng.integers(len(self.pictures))]
         count = min(self.k, len(picture.sentences))
         chosen = [picture.sentences[i] for i in rng.choice(len(picture.sentences), count, replace=False)]
         path = refer.image_dir / picture.file_name

@@ -107,6 +107,74 @@ def test_ignore_regions_as_the_original_trains_them_or_really(mini):
     assert any(255 in kept.draw(np.random.default_rng(i)).masks for i in range(40))
 
 
+def test_label_maps_are_numbered_as_their_sets_do(mini):
+    from PIL import Image
+
+    from dataset.sem_seg import SOURCES
+
+    for name, thing in (("ade20k", "apparel"), ("cocostuff", "clothes"), ("mapillary", "dress")):
+        source = SOURCES[name](mini)
+        found = 0
+        for index in range(len(source)):
+            content = source.content(index, np.random.default_rng(0))
+            stored = np.array(Image.open(source.pairs[index][1]))
+            nothing = 0 if name == "ade20k" else 255
+            masks = np.stack([mask() for _, mask in content.present])
+            assert np.array_equal(masks.sum(0), stored != nothing), "each labelled pixel is in one mask"
+            value = stored[masks[0] == 1][0]
+            assert content.present[0][0] == source.classes[int(value) - (name == "ade20k")]
+            assert not {n for n, _ in content.present} & set(content.absent)
+            found += thing in [n for n, _ in content.present]
+        assert found or name == "mapillary"
+    assert len(SOURCES["ade20k"](mini).classes) == 150 and len(SOURCES["cocostuff"](mini).classes) == 182
+    assert "wall-other" not in SOURCES["cocostuff"](mini).content(0, np.random.default_rng(0)).absent
+
+
+def test_parts_are_named_both_ways_and_masked_alone(mini):
+    from dataset.sem_seg import SOURCES
+
+    for name in ("pascal_part", "paco_lvis"):
+        source = SOURCES[name](mini)
+        said = set()
+        for seed in range(4):
+            content = source.content(0, np.random.default_rng(seed))
+            notes = source.coco.loadAnns(source.coco.getAnnIds(imgIds=source.images[0]))
+            assert len(content.present) == len(notes)
+            assert all(mask().sum() > 0 for _, mask in content.present)
+            said |= {text for text, _ in content.present}
+        assert any(text.startswith("the upper half of the ") for text in said)
+        assert any(text.endswith(" upper half") and not text.startswith("the ") for text in said)
+        assert not any("_(" in text or ":" in text for text in said)
+        assert (name == "paco_lvis") == any("half" not in text for text in said)
+
+
+def test_semantic_samples_ask_deny_and_correct(mini):
+    names = "ade20k||cocostuff||pascal_part||paco_lvis||mapillary"
+    mixture = build_train(["sem_seg"], [1], mini, sem_seg_data=names, num_classes_per_sample=3)
+    seen = {}
+    for index in range(150):
+        sample = mixture.sample(0, index)
+        segs = [reply.count("[SEG]") for ((_, reply),) in sample.conversations]
+        assert sum(segs) == len(sample.masks) == sum(sample.exists) and len(segs) <= 3
+        assert sample.masks.shape[1:] == sample.image.shape[:2] and all(mask.any() for mask in sample.masks)
+        assert all(name in turns[0][0] for name, turns in zip(sample.questions, sample.conversations, strict=True))
+        seen.setdefault(sample.meta["mode"], set()).add(sample.meta["dataset"])
+    assert seen["true"] == set(names.split("||")) and seen["denial"] and seen["correction"]
+
+
+def test_what_is_missing_is_named_at_once_and_left_out_only_if_allowed(mini, caplog):
+    flags = {"sem_seg_data": "ade20k", "refer_seg_data": "refclef||refcoco", "neg_refer_seg_data": "R-refcoco"}
+    families = ["sem_seg", "refer_seg", "neg_refer_seg"]
+    with pytest.raises(FileNotFoundError, match="(?s)refer_seg, refclef: .*neg_refer_seg, R-refcoco: "):
+        build_train(families, [1, 2, 3], mini, **flags)
+    mixture = build_train(families, [1, 2, 3], mini, **flags, allow_missing=True)
+    assert "refclef" in caplog.text and "R-refcoco" in caplog.text
+    assert mixture.shares.tolist() == [1 / 3, 2 / 3]
+    assert {mixture.sample(0, i).meta["dataset"] for i in range(20)} == {"ade20k", "refcoco"}
+    with pytest.raises(FileNotFoundError, match="nothing of it is left"):
+        build_train(["neg_refer_seg"], [1], mini, neg_refer_seg_data="R-refcoco", allow_missing=True)
+
+
 def test_dialogues_keep_their_turns_and_have_no_masks(mini, tmp_path):
     from dataset.vqa import VqaTraining
 
@@ -168,8 +236,8 @@ def test_rates_are_kept_and_checked(mini):
     assert 860 < drawn.count("a") < 940
     with pytest.raises(ValueError, match="2 data sets .* but 1 sample rates"):
         build_train(["refer_seg", "reason_seg"], [1], mini)
-    with pytest.raises(ValueError, match="sem_seg"):
-        build_train(["sem_seg"], [1], mini)
+    with pytest.raises(ValueError, match="grefcoco"):
+        build_train(["grefcoco"], [1], mini)
 
 
 # ------------------------------------------------------------------------------------------------ what is broken is named

@@ -89,6 +89,7 @@ class TrainArgs:
     correct_refer_seg_data: str = flag("fprefcocog||fprefcoco||fprefcoco+", "sources of correct_refer_seg")
     vqa_data: str = flag("llava_instruct_150k", "source of vqa")
     reason_seg_data: str = flag("ReasonSeg|train", "source of reason_seg: name|splits, several splits joined by _")
+    allow_missing: bool = flag(False, "name the data sets that are not on disk and train on the rest")
     num_classes_per_sample: int = flag(1, "questions about one picture in a training sample")
     workers: int = flag(4, "processes that load data; 0 loads in the training process")
 

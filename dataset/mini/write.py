@@ -1,11 +1,13 @@
-"""Writes the mini world in the formats of ReasonSeg, RefCOCO, FP-RefCOCO, LLaVA-Instruct (§2), the same bytes for a seed.
+"""Writes the mini world in the formats of ReasonSeg, RefCOCO, FP-RefCOCO, LLaVA-Instruct and the semantic sets (§2).
 
     reason_seg/ReasonSeg/{train,val,test}/*.jpg + *.json
     refer_seg/{refcoco,fprefcoco}/{instances.json, refs(<splitBy>).p}
     refer_seg/images/mscoco/images/train2014/COCO_train2014_*.jpg
     llava_dataset/llava_instruct_150k.json, coco/train2017/*.jpg
+    ade20k, cocostuff, mapillary (label maps), vlpart/{pascal_part,paco} (objects and parts)
 
-Training scenes use the training photographs, all others the test photographs, and every split has seeds of its own.
+The same bytes for the same seed. Training scenes use the training photographs, all others the test photographs, and every
+split has seeds of its own.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ..refer_api import SPLIT_BY
+from ..sem_seg import CLASSES
 from . import world
 from .phrases import NAMES
 
@@ -27,7 +31,7 @@ IGNORE_SHARE = 0.2
 """ReasonSeg files that leave one other thing out of the measure."""
 CATEGORIES = {name: i + 1 for i, name in enumerate(NAMES)}
 SPLITS = ("train", "val", "test", "testA", "testB")
-FAMILIES = ("reason_seg", "refcoco", "fprefcoco", "vqa")
+FAMILIES = ("reason_seg", "refcoco", "fprefcoco", "vqa", "sem_seg")
 
 
 def _rng(seed: int, family: str, split: str, number: int) -> np.random.Generator:
@@ -207,6 +211,82 @@ def write_vqa(root: Path, seed: int, count: int) -> None:
     (root / "llava_dataset/llava_instruct_150k.json").write_text(json.dumps(items, indent=1) + "\n")
 
 
+# ------------------------------------------------------------------------------------------------ semantic sets
+
+ADE20K = {"bag": "bag"}
+"""What ADE20K calls our things; the rest is apparel."""
+COCOSTUFF = {"bag": "handbag", "boot": "shoe", "sandal": "shoe", "sneaker": "shoe"}
+"""What COCO-Stuff calls them; the rest are clothes."""
+PARTS = ("upper half", "lower half")
+
+
+def write_sem_seg(root: Path, seed: int, count: int) -> None:
+    """`count` pictures for each of the five semantic sets, in their three kinds of label maps and two of COCO files."""
+    ade20k, cocostuff = ((CLASSES / f"{name}.txt").read_text().splitlines() for name in ("ade20k", "cocostuff"))
+    mapillary = list(NAMES)
+    for number, folder in enumerate(("ade20k", "cocostuff", "mapillary")):
+        for i in range(count):
+            rng = _rng(seed, "sem_seg", "train", 1000 * number + i)
+            scene = _scene(rng, "train", lambda scene: True)
+            names = [thing.name for thing in scene.things]
+            if folder == "ade20k":  # 0 is nothing, classes count from 1
+                values = [ade20k.index(ADE20K.get(name, "apparel")) + 1 for name in names]
+                file, image = (root / f"ade20k/{kind}/training/ADE_train_{i:08d}" for kind in ("annotations", "images"))
+            elif folder == "cocostuff":
+                values = [cocostuff.index(COCOSTUFF.get(name, "clothes")) for name in names]
+                file, image = (root / f"{kind}/train2017/{500_000 + i:012d}" for kind in ("cocostuff", "coco"))
+            else:
+                values = [mapillary.index(name) for name in names]
+                file, image = (root / f"mapillary/training/{kind}/mini_{i:04d}" for kind in ("v2.0/labels", "images"))
+            labels = np.full(scene.image.shape[:2], 0 if folder == "ade20k" else 255, np.uint8)
+            for value, thing in zip(values, scene.things, strict=True):
+                labels[thing.mask] = value
+            for path in (file, image):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(labels)
+            if folder == "mapillary":  # a palette, as the real files have
+                picture.putpalette([int(value) for value in np.arange(768) * 37 % 256])
+            picture.save(file.with_suffix(".png"))
+            _write_jpeg(image.with_suffix(".jpg"), scene.image)
+    config = {"labels": [{"name": f"object--{name}", "readable": name.capitalize()} for name in mapillary]}
+    (root / "mapillary/config_v2.0.json").write_text(json.dumps(config, indent=1) + "\n")
+    _write_parts(root, seed, count, "pascal_part")
+    _write_parts(root, seed, count, "paco_lvis")
+
+
+def _write_parts(root: Path, seed: int, count: int, name: str) -> None:
+    """PASCAL-Part has parts alone, `bag:upper half`; PACO has objects too, and what a name means behind `_(`."""
+    paco = name == "paco_lvis"
+    objects = [f"{thing}_(clothes)" if paco else thing for thing in NAMES]
+    names = [*objects, *(f"{thing}:{part}" for thing in objects for part in PARTS)] if paco else [
+        f"{thing}:{part}" for thing in objects for part in PARTS]  # fmt: skip
+    categories = [{"id": number, "name": category} for number, category in enumerate(names, start=1)]
+    ids = {category["name"]: category["id"] for category in categories}
+    folder = root / ("vlpart/paco/annotations" if paco else "vlpart/pascal_part")
+    image_dir = root / ("coco/train2017" if paco else "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages")
+    content: dict[str, list] = {"images": [], "annotations": [], "categories": categories}
+    for made in (folder, image_dir):
+        made.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        rng = _rng(seed, "sem_seg", "train", 1000 * (4 if paco else 3) + i)
+        scene = _scene(rng, "train", lambda scene: True)
+        file_name = f"{600_000 + i:012d}.jpg" if paco else f"2010_{i:06d}.jpg"
+        _write_jpeg(image_dir / file_name, scene.image)
+        height, width = scene.image.shape[:2]
+        stored = f"train2017/{file_name}" if paco else file_name
+        content["images"].append({"id": i + 1, "file_name": stored, "height": height, "width": width})
+        for thing in scene.things:
+            what = objects[list(NAMES).index(thing.name)]
+            upper = thing.mask & (np.arange(height)[:, None] < thing.centre[1])
+            shown = [(f"{what}:{part}", mask) for part, mask in zip(PARTS, (upper, thing.mask & ~upper), strict=True)]
+            for category, mask in [(what, thing.mask), *shown] if paco else shown:
+                part = world.Thing(thing.name, thing.colour, thing.size, mask)
+                annotation = _annotation(part, i + 1, len(content["annotations"]) + 1, rng)
+                content["annotations"].append({**annotation, "category_id": ids[category]})
+    file = folder / ("paco_lvis_v1_train.json" if paco else "train.json")
+    file.write_text(json.dumps(content) + "\n")
+
+
 def write_all(root: Path, seed: int = 0, train: int = 600, val: int = 80, test: int = 60) -> None:
     """The whole data folder."""
     write_reason_seg(root, seed, {"train": train // 2, "val": val, "test": test})
@@ -215,3 +295,4 @@ def write_all(root: Path, seed: int = 0, train: int = 600, val: int = 80, test: 
     )
     write_refer(root, seed, "fprefcoco", {"train": train, "val": val}, first_image=after)
     write_vqa(root, seed, train // 6)
+    write_sem_seg(root, seed, max(train // 20, 1))
