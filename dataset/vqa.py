@@ -42,9 +42,7 @@ class VqaTraining:
             FileNotFoundError: its picture is not on disk.
         """
         number = int(rng.integers(len(self.items)))
-        item = self.items[number]
-        turns = self._turns(number)
-        path = self.image_dir / Path(item["image"]).name  # some releases write coco/train2017/ in front
+        turns, path = self.turns(number), self.picture(number)
         image = read_image(path)
         return Sample(
             image_path=str(path),
@@ -53,10 +51,14 @@ class VqaTraining:
             masks=np.zeros((0, *image.shape[:2]), np.uint8),
             exists=[False],
             questions=[turns[0][0]],
-            meta={"dataset": self.name, "split": "train", "id": item.get("id", number)},
+            meta={"dataset": self.name, "split": "train", "id": self.items[number].get("id", number)},
         )
 
-    def _turns(self, number: int) -> list[tuple[str, str | None]]:
+    def picture(self, number: int) -> Path:
+        """Where the picture of a dialogue is; some releases write coco/train2017/ in front of its name."""
+        return self.image_dir / Path(self.items[number]["image"]).name
+
+    def turns(self, number: int) -> list[tuple[str, str | None]]:
         """(question, answer) pairs; a leading answer without a question is dropped, the picture's mark taken out."""
         where = f"{self.file}, dialogue {number}"
         try:

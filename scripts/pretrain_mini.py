@@ -21,6 +21,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,23 +60,37 @@ NAMED_REASONS = (
 # ------------------------------------------------------------------------------------------------ dialogues
 
 
-def dialogue(
-    scene: world.Scene, rng: np.random.Generator, turns: int, hardness: float = 1.0
-) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
-    """A conversation about one scene and the mask of each of its [SEG] tokens, in order.
+@dataclass(frozen=True)
+class Talk:
+    """What the conversations are made of."""
 
-    `hardness` is the share of relations, extremes and sizes that is let in: places are learnt after kinds and colours.
-    """
+    turns: int = 5
+    """Questions a scene."""
+    places: float = 0.0
+    """Share of the referring turns that ask for a relation or an extreme, where the scene has one; else as they come."""
+    brief: float = 0.35
+    """Share of the turns in the short sentences of evaluation; the rest are worded as training's."""
+    hardness: float = 1.0
+    """Share of relations, extremes and sizes that is let in: places are learnt after kinds and colours."""
+
+
+def dialogue(scene: world.Scene, rng: np.random.Generator, talk: Talk) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
+    """A conversation about one scene and the mask of each of its [SEG] tokens, in order."""
     pool: list[tuple[str, str, np.ndarray | None]] = []
+    places: list[tuple[str, str, np.ndarray | None]] = []
     for found in world.expressions(scene, rng):
-        if found.kind not in ("name", "colour+name") and rng.random() > hardness:
+        if found.kind not in ("name", "colour+name") and rng.random() > talk.hardness:
             continue
-        pool.append((*_referring(found.text, rng), scene.things[found.target].mask))
+        into = places if found.kind in ("relation", "extreme") and rng.random() < talk.places else pool
+        into.append((*_referring(found.text, rng, talk.brief), scene.things[found.target].mask))
     reasons = [(*_reasoning(found, rng), _union(scene, found.targets)) for found in world.reasoning(scene, rng)]
     absent = [(*_absent(found, rng), None) for found in world.false_premises(scene, rng)]
     absent += [(_long(query, sentence, rng), answer, None) for query, sentence, answer in world.false_reasoning(scene, rng)]
     chosen: list[tuple[str, str, np.ndarray | None]] = []
-    for _ in range(turns):
+    for _ in range(talk.turns):
+        if places and rng.random() < talk.places:
+            chosen.append(places.pop())
+            continue
         kind = rng.random()
         source = reasons if kind < 0.25 and reasons else absent if kind < 0.4 and absent else pool
         if kind > 0.9:
@@ -89,9 +104,9 @@ def _pick(options, rng: np.random.Generator):
     return options[rng.integers(len(options))]
 
 
-def _referring(text: str, rng: np.random.Generator) -> tuple[str, str]:
-    question = templates.EVAL_SHORT_QUESTION if rng.random() < 0.35 else _pick(templates.SHORT_QUESTION, rng)
-    answer = templates.EVAL_ANSWER if rng.random() < 0.35 else _pick(templates.SHORT_ANSWER, rng)
+def _referring(text: str, rng: np.random.Generator, brief: float) -> tuple[str, str]:
+    question = templates.EVAL_SHORT_QUESTION if rng.random() < brief else _pick(templates.SHORT_QUESTION, rng)
+    answer = templates.EVAL_ANSWER if rng.random() < brief else _pick(templates.SHORT_ANSWER, rng)
     return question.format(class_name=text), answer.format(class_name=text)
 
 
@@ -125,17 +140,16 @@ def _union(scene: world.Scene, targets: list[int]) -> np.ndarray:
 
 
 def make_batch(
-    processor: READProcessor, rng: np.random.Generator, size: int, turns: int, hardness: float = 1.0
+    processor: READProcessor, rng: np.random.Generator, size: int, talk: Talk
 ) -> tuple[dict, list[world.Scene]]:
     """Keyword arguments of `READForCausalLM.forward` for `size` fresh scenes of one multi-turn dialogue each."""
     views, rows, masks, scenes = [], [], [], []
     while len(rows) < size:
         scene = world.make_scene(rng, "train")
-        talk, found = dialogue(scene, rng, turns, hardness)
-        if not talk:
+        turns, found = dialogue(scene, rng, talk)
+        if not turns:
             continue
-        talk = [(with_image(talk[0][0]), talk[0][1]), *talk[1:]]
-        rows.append(processor.encode(talk))
+        rows.append(processor.encode([(with_image(turns[0][0]), turns[0][1]), *turns[1:]]))
         views.append(processor.views(scene.image))
         scenes.append(scene)
         masks += [torch.from_numpy(mask.astype(np.uint8)) for mask in found]
@@ -176,7 +190,7 @@ def build_tokenizer(folder: Path, seed: int) -> None:
     with corpus.open("w") as file:
         for _ in range(3000):
             scene = world.make_scene(rng, "train")
-            for question, answer in dialogue(scene, rng, 8)[0]:
+            for question, answer in dialogue(scene, rng, Talk(turns=8))[0]:
                 file.write(f"{question}\n{answer.replace('[SEG]', ' ')}\n")
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=2000, model_type="bpe", byte_fallback=True,
@@ -419,8 +433,8 @@ def train(args: argparse.Namespace) -> None:
             elif args.stage == "clip":
                 out = clip_step(model, rng, processor, args.batch_size, heads)
             else:
-                hardness = min(1.0, 2 * progress) if args.stage == "sight" else 1.0
-                batch, scenes = make_batch(processor, rng, args.batch_size, args.turns, hardness)
+                talk = Talk(args.turns, args.places, args.brief, min(1.0, progress / args.ramp) if args.ramp else 1.0)
+                batch, scenes = make_batch(processor, rng, args.batch_size, talk)
                 if args.stage == "sight":
                     out = sight_step(model, batch, dense_words(scenes, processor))
                 else:
@@ -476,6 +490,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch_size", type=int, default=8, help="scenes a step")
     parser.add_argument("--turns", type=int, default=5, help="questions a scene")
+    parser.add_argument("--places", type=float, default=0.0, help="share of referring turns about relations and extremes")
+    parser.add_argument("--brief", type=float, default=0.35, help="share of turns in the short sentences of evaluation")
+    parser.add_argument("--ramp", type=float, default=0.0, help="share of the time in which relations and sizes are let in")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")

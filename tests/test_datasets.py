@@ -327,3 +327,49 @@ def test_false_premises_are_corrected_or_denied():
     assert "[SEG]" not in answer({**false, "gt_sent": None}, rng, "R-refcoco")
     with pytest.raises(ValueError, match="gt_sent"):
         answer({**false, "gt_sent": None}, rng, "fprefcoco")
+
+
+# ------------------------------------------------------------------------------------------------ python -m dataset.check
+
+
+def test_check_counts_what_is_there(mini, capsys):
+    from dataset.check import main
+
+    assert main(["--dataset_dir", str(mini), "--pictures"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {tuple(line[1:3]): [int(n) for n in line[3:]] for line in lines if len(line) == 7 and line[3].isdigit()}
+    for split in ("train", "val"):
+        images = Refer(mini, "fprefcoco").of_split(split)
+        truths = [s["exists"] for image in images for s in image.sentences]
+        assert rows["fprefcoco", split] == [len(images), len(truths), sum(truths), len(truths) - sum(truths)]
+    assert rows["ReasonSeg", "test"][0] == 2 and rows["ReasonSeg", "train"][3] > 0
+    assert rows["llava_instruct_150k", "train"][:2] == [1, 1]
+    assert rows["paco_lvis", "train"][2] > rows["pascal_part", "train"][0]
+    told = [" ".join(line) for line in lines]
+    assert any(line.startswith("missing refclef:") and "refs(unc).p" in line for line in told)
+    assert "trains refer_seg: refcoco" in told
+
+
+def test_check_says_what_is_missing_and_broken(mini, tmp_path, capsys):
+    from shutil import copytree
+
+    from dataset.check import main
+
+    assert main(["--dataset_dir", str(mini), "--dataset", "refer_seg"]) == 1  # asked for, and not all there
+    assert main(["--dataset_dir", str(tmp_path)]) == 1
+    assert "trains   nothing" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no data set 'grefcoco'"):
+        main(["--dataset_dir", str(mini), "--dataset", "grefcoco"])
+    copy = copytree(mini, tmp_path / "copy")
+    note = next((copy / "reason_seg/ReasonSeg/val").glob("*.json"))
+    note.write_text('{"text": "Where?"}')
+    refer = Refer(copy, "refcoco")
+    picture = refer.of_split("val")[0]
+    (refer.image_dir / picture.file_name).unlink()
+    content = json.loads(refer.instances_file.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["id"] != picture.sentences[0]["ann_id"]]
+    refer.instances_file.write_text(json.dumps(content))
+    assert main(["--dataset_dir", str(copy), "--dataset", "refcoco||ReasonSeg"]) == 2
+    out = capsys.readouterr().out
+    assert f"{note} lacks the field" in out and f"{picture.file_name} does not exist" in out
+    assert f"has no annotation {picture.sentences[0]['ann_id']}" in out

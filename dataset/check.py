@@ -1,0 +1,226 @@
+"""`python -m dataset.check --dataset_dir D`: what is there, what is missing, what is broken, and what would train.
+
+Counts pictures and questions of every set and split, and looks at every annotation; with --pictures it decodes every picture
+too. Ends with 0 if all that was asked for is whole, with 1 if something is missing, with 2 if something is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from utils.image import read_image
+
+from .reason_seg import draw_mask, list_files, read_annotation
+from .refer_api import SPLIT_BY, Refer
+from .sem_seg import SOURCES
+from .vqa import VqaTraining
+
+SHOWN = 5
+"""So many faults of one set are told, the rest is counted."""
+FAMILIES = {
+    "sem_seg": tuple(SOURCES),
+    "refer_seg": ("refclef", "refcoco", "refcoco+", "refcocog"),
+    "neg_refer_seg": ("R-refcoco", "R-refcoco+", "R-refcocog"),
+    "correct_refer_seg": ("fprefcoco", "fprefcoco+", "fprefcocog"),
+    "vqa": ("llava_instruct_150k",),
+    "reason_seg": ("ReasonSeg",),
+}
+REASON_SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class Split:
+    """Counts of one split; `positive` and `negative` add up to its questions (a dialogue counts as one, of neither kind)."""
+
+    name: str
+    pictures: int = 0
+    questions: int = 0
+    positive: int = 0
+    negative: int = 0
+
+
+@dataclass
+class Report:
+    """What was found of one set."""
+
+    family: str
+    name: str
+    splits: list[Split] = field(default_factory=list)
+    missing: str = ""
+    faults: list[str] = field(default_factory=list)
+
+
+def check(family: str, name: str, dataset_dir: Path, pictures: bool = False) -> Report:
+    """Looks at every annotation of one set, and at every picture if `pictures`."""
+    report = Report(family, name)
+    look = {"sem_seg": _sem_seg, "reason_seg": _reason_seg, "vqa": _vqa}.get(family, _refer)
+    try:
+        for path in look(report, dataset_dir):
+            if not path.is_file():
+                report.faults.append(f"{path} does not exist")
+            elif pictures:
+                try:
+                    read_image(path)
+                except ValueError as error:
+                    report.faults.append(str(error))
+    except FileNotFoundError as error:
+        report.missing = str(error)
+    except ValueError as error:
+        report.faults.append(str(error))
+    return report
+
+
+def _refer(report: Report, root: Path) -> Iterator[Path]:
+    refer = Refer(root, report.name)
+    for name in sorted({str(ref.get("split", "")) for ref in refer.refs}):
+        split = Split(name)
+        report.splits.append(split)
+        for picture in refer.of_split(name):
+            split.pictures += 1
+            yield refer.image_dir / picture.file_name
+            for sentence in picture.sentences:
+                split.questions += 1
+                split.positive += sentence["exists"]
+                split.negative += not sentence["exists"]
+                if sentence["exists"]:
+                    try:
+                        refer.mask(sentence["ann_id"], picture.height, picture.width)
+                    except ValueError as error:
+                        report.faults.append(str(error))
+                elif report.name.startswith("fp") and not sentence["gt_sent"]:
+                    report.faults.append(f"{refer.refs_file}: sent_id {sentence['sent_id']} is false and has no gt_sent")
+
+
+def _reason_seg(report: Report, root: Path) -> Iterator[Path]:
+    absent = []
+    for name in REASON_SPLITS:
+        try:
+            files = list_files(root, [name])
+        except FileNotFoundError as error:
+            absent.append(str(error))
+            continue
+        split = Split(name)
+        report.splits.append(split)
+        for picture, file in files:
+            split.pictures += 1
+            yield picture
+            try:
+                note = read_annotation(file)
+                if not draw_mask(note.shapes, *read_image(picture).shape[:2]).any():
+                    report.faults.append(f"{file}: its shapes cover nothing of the picture")
+            except ValueError as error:
+                report.faults.append(str(error))
+                continue
+            split.positive += len(note.texts)
+            split.negative += len(note.false_premises)
+        split.questions = split.positive + split.negative
+    if not report.splits:
+        raise FileNotFoundError(absent[0])
+
+
+def _sem_seg(report: Report, root: Path) -> Iterator[Path]:
+    source = SOURCES[report.name](root)
+    split = Split("train")
+    report.splits.append(split)
+    rng = np.random.default_rng(0)
+    for index in range(len(source)):
+        split.pictures += 1
+        try:
+            content = source.content(index, rng)
+        except ValueError as error:
+            report.faults.append(str(error))
+            continue
+        split.positive += len(content.present)
+        split.questions += len(content.present)
+        yield content.path
+
+
+def _vqa(report: Report, root: Path) -> Iterator[Path]:
+    data = VqaTraining(root, report.name)
+    split = Split("train")
+    report.splits.append(split)
+    for number in range(len(data)):
+        try:
+            data.turns(number)
+        except ValueError as error:
+            report.faults.append(str(error))
+            continue
+        split.pictures += 1
+        split.questions += 1
+        yield data.picture(number)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m dataset.check", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dataset_dir", type=Path, default=Path("./data"), help="as train_read.py takes it")
+    known = [*FAMILIES, *(name for names in FAMILIES.values() for name in names)]
+    parser.add_argument(
+        "--dataset", help="families or sets, joined by ||; unless given, all that is there: " + ", ".join(known)
+    )
+    parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=False, help="decode every picture")
+    return parser
+
+
+def wanted(dataset: str | None) -> list[tuple[str, str]]:
+    """(family, set) pairs of the flag; all of them without it.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    everything = [(family, name) for family, names in FAMILIES.items() for name in names]
+    if dataset is None:
+        return everything
+    chosen = []
+    for word in dataset.split("||"):
+        found = [pair for pair in everything if word in pair]
+        if not found:
+            raise ValueError(f"no data set {word!r}; there are {', '.join([*FAMILIES, *SPLIT_BY, *SOURCES])}")
+        chosen += found
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
+    options = build_parser().parse_args(argv)
+    try:
+        pairs = wanted(options.dataset)
+    except ValueError as error:
+        raise SystemExit(f"dataset.check: {error}") from error
+    reports = [check(family, name, options.dataset_dir, options.pictures) for family, name in pairs]
+    print(f"{'family':<19}{'set':<21}{'split':<8}{'pictures':>9}{'questions':>11}{'positive':>10}{'negative':>10}")
+    for report in reports:
+        for split in report.splits:
+            counts = f"{split.pictures:>9}{split.questions:>11}{split.positive:>10}{split.negative:>10}"
+            print(f"{report.family:<19}{report.name:<21}{split.name:<8}{counts}")
+    for report in reports:
+        for fault in report.faults[:SHOWN]:
+            print(f"broken   {report.name}: {fault}")
+        if len(report.faults) > SHOWN:
+            print(f"broken   {report.name}: and {len(report.faults) - SHOWN} more")
+    for report in reports:
+        if report.missing:
+            print(f"missing  {report.name}: {report.missing}")
+    whole = [r for r in reports if not r.missing and not r.faults and any(s.name == "train" for s in r.splits)]
+    for family in FAMILIES:
+        names = [report.name for report in whole if report.family == family]
+        if names:
+            print(f"trains   {family}: {', '.join(names)}")
+    if not whole:
+        print("trains   nothing")
+    # Without --dataset everything is looked for, and that some of it is missing is no fault.
+    missing = any(report.missing for report in reports) and (options.dataset is not None or not whole)
+    return 2 if any(report.faults for report in reports) else int(missing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
