@@ -19,6 +19,9 @@ from typing import Any
 
 from utils.cli import DEFAULT_MODEL, add_model_flags, configure_sasp, one_line, torch_dtype
 
+RELEASED_WORDING = "vicuna_v1"
+"""What the original's generation said, unlike its training (§8-1)."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -33,13 +36,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of random templates")
     parser.add_argument(
         "--compat", choices=("correct", "released"), default="correct",
-        help="released: generation with the original's treatment of padding, which its FP-RefCOCO numbers contain",
+        help="released: generation with the original's treatment of padding and its wording of the system prompt, which its "
+        "FP-RefCOCO numbers contain",
     )  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
     parser.add_argument("--chunk", type=int, default=16, help="questions that go through the model together")
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures ahead")
     parser.add_argument("--limit", type=int, help="only the first pictures of each data set; the result says so")
     parser.add_argument("--out", type=Path, default=Path("runs/test"), help="folder of results.json and predictions")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # from the deepspeed launcher
     add_model_flags(parser)
     return parser
 
@@ -58,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     from utils import distributed
     from utils.evaluate import evaluate
 
+    if options.compat == "released" and options.protocol == "generate" and not (options.conv_type or options.preset):
+        options.conv_type = RELEASED_WORDING
     world = distributed.start(engine=False)
     options.version = options.version or DEFAULT_MODEL
     try:
@@ -75,21 +82,24 @@ def main(argv: list[str] | None = None) -> int:
             vision_tower=options.vision_tower,
             preset=options.preset,
         ).to(world.device)
+        configure_sasp(model.config, options)
     except (OSError, ValueError) as error:  # CheckpointError is a ValueError
         raise SystemExit(f"test_read.py: {one_line(error)}") from error
-    configure_sasp(model.config, options)
     options.out.mkdir(parents=True, exist_ok=True)
     results = []
     for (name, split), samples in zip(pairs, data, strict=True):
         whole = len(samples)
         if options.limit is not None:
             samples = torch.utils.data.Subset(samples, range(min(options.limit, whole)))
-        scores = evaluate(
-            model, processor, samples, protocol=options.protocol, compat=options.compat, conv_type=options.conv_type,
-            rank=world.rank, world=world.size, max_new_tokens=options.max_new_tokens,
-            predictions_path=options.out / f"predictions_{name}_{split}.jsonl", chunk=options.chunk,
-            workers=options.workers,
-        )  # fmt: skip
+        try:
+            scores = evaluate(
+                model, processor, samples, protocol=options.protocol, compat=options.compat, conv_type=options.conv_type,
+                rank=world.rank, world=world.size, max_new_tokens=options.max_new_tokens,
+                predictions_path=options.out / f"predictions_{name}_{split}.jsonl", chunk=options.chunk,
+                workers=options.workers,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:  # a picture or an annotation that is missing or damaged
+            raise SystemExit(f"test_read.py: {name}|{split}: {one_line(error)}") from error
         results.append({"dataset": name, "split": split, "images_in_split": whole, **scores})
         if world.is_main:  # written after each data set: what is measured is not lost
             write_results(options, model, results)

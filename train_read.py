@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.args import CONFIG_NAME, TrainArgs, parse_flags
+from utils.cli import plain_errors
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     from utils import distributed
     from utils.runlog import RunLog, setup_logging
 
-    try:
+    with plain_errors("train_read.py"):
         args = TrainArgs.resolve(given, get_preset(given["preset"]) if given.get("preset") else None)
-    except ValueError as error:
-        raise SystemExit(f"train_read.py: {error}") from error
     world = distributed.start(engine=not args.eval_only)
     if args.precision == "fp16" and world.device.type == "cpu" and not args.eval_only:
         raise SystemExit(
@@ -58,17 +57,19 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(world.is_main)
     log = RunLog(None, world.is_main)
     try:
-        check_run_folder(args)
-        train_data, val_data = open_data(args)  # what is missing on disk shows before minutes go into loading a model
-        distributed.seed_everything(args.seed)  # the same on all ranks: new weights must agree
-        model, processor = build_model(args, world, log)
+        with plain_errors("train_read.py"):
+            check_run_folder(args)
+            train_data, val_data = open_data(args)  # what is missing on disk shows before minutes go into loading a model
+            distributed.seed_everything(args.seed)  # the same on all ranks: new weights must agree
+            model, processor = build_model(args, world, log)
         if args.eval_only:
             validate(args, model, processor, val_data, world, log, step=0)
             return
         make_run_folder(args, model, world)
         log = RunLog(args.run_dir, world.is_main)
         engine = build_engine(args, model)
-        resume(args, engine, log)
+        with plain_errors("train_read.py"):
+            resume(args, engine, log)
         distributed.seed_everything(args.seed + 1000 * engine.global_steps + world.rank)  # dropout differs by rank
         train(args, engine, processor, build_loader(args, train_data, processor, world), val_data, world, log)
     finally:
@@ -93,6 +94,13 @@ def check_run_folder(args: TrainArgs) -> None:
         )
     if continued and args.overwrite:
         raise ValueError(f"--overwrite would delete {args.run_dir}, which is to be continued: give one of the two")
+    if args.overwrite:
+        run, kept = args.run_dir.resolve(), (args.version, args.vision_tower, args.vision_pretrained)
+        inside = [path for path in kept if path and Path(path).resolve().is_relative_to(run)]
+        if inside or Path(args.log_base_dir).resolve().is_relative_to(run):
+            raise ValueError(
+                f"--overwrite would delete {run}, and with it {inside[0] if inside else 'other runs'}: choose another --exp_name"
+            )
     if args.resume or (args.auto_resume and found):
         before = TrainArgs.load(source)
         names = ("version", "precision", "lora_r", "lora_alpha", "lora_target_modules", "train_mask_decoder")
@@ -313,14 +321,16 @@ def train(
 ) -> None:
     """Epochs of training, each followed by validation and a checkpoint, until the steps or the time are used up."""
     budget = Budget(args, world)
-    best = read_best(args.run_dir)
+    best, checkpoints = read_best(args.run_dir), args.run_dir / "ckpt_model"
     over = budget.steps_spent(engine.global_steps)
     while not over:
         train_epoch(args, engine, loader, budget, world, log)
+        tag = f"step{engine.global_steps}"  # saved before it is measured: a failing validation costs no epoch
+        engine.save_checkpoint(str(checkpoints), tag=tag, exclude_frozen_parameters=not args.save_frozen)
         scores = None
         if val_data is not None:
             scores = validate(args, engine.module, processor, val_data, world, log, engine.global_steps)
-        best = save_checkpoint(args, engine, scores, best, world, log)
+        best = keep_best(args, tag, engine.global_steps, scores, best, world, log)
         over = budget.spent(engine.global_steps)
     log.say(
         f"done: {engine.global_steps} steps in {budget.elapsed():.0f} s; best checkpoint {best['tag'] if best else '-'}"
@@ -469,22 +479,21 @@ def read_best(run: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def save_checkpoint(
-    args: TrainArgs, engine: Any, scores: dict[str, Any] | None, best: dict[str, Any] | None, world: World, log: RunLog
-) -> dict[str, Any]:
-    """Writes checkpoint `step<N>`, points best.json to it if its cIoU is the best, then deletes all but last and best.
+def keep_best(
+    args: TrainArgs, tag: str, step: int, scores: dict[str, Any] | None, best: dict[str, Any] | None, world: World,
+    log: RunLog,
+) -> dict[str, Any]:  # fmt: skip
+    """Points best.json to the new checkpoint `tag` if its cIoU is the best, then deletes all but last and best.
 
     Nothing old goes before the new is complete. Without validation the last is the best. Returns the best's record.
     """
     from utils import distributed
 
-    tag = f"step{engine.global_steps}"
     folder = args.run_dir / "ckpt_model"
-    engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=not args.save_frozen)
     ciou = scores["ciou"] if scores else None
     record = {
         "tag": tag,
-        "step": engine.global_steps,
+        "step": step,
         "ciou": ciou,
         "giou": scores["giou"] if scores else None,
         "val_dataset": f"{args.val_dataset}|{args.val_split}" if scores else None,

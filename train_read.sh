@@ -11,14 +11,18 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 preset=${1:?usage: bash train_read.sh PRESET [flags]}
-gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)}
-count=$(tr ', ' '\n\n' <<<"$gpus" | grep -c . || true)
+read -ra gpus -d '' <<<"$(tr ',' ' ' <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)}")" || true
+procs=${NUM_PROCS:-${#gpus[@]}}
 launch=(python)
-if [ "${NUM_PROCS:-$count}" -gt 1 ]; then
-  launch=(python -m deepspeed.launcher.runner ${NUM_PROCS:+--num_gpus "$NUM_PROCS"} --master_port "${MASTER_PORT:-29500}")
+if [ "$procs" -gt 1 ]; then
+  launch=(python -m deepspeed.launcher.runner --master_port "${MASTER_PORT:-29500}")
 fi
-if [ "$count" -eq 0 ]; then
+if [ "${#gpus[@]}" -eq 0 ]; then
   export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+  if [ "$procs" -gt 1 ]; then launch+=(--num_gpus "$procs"); fi
+else  # the launcher keeps to these, unless --num_gpus is given: then it would take the first of the machine
+  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:0:procs}")
+  export CUDA_VISIBLE_DEVICES
 fi
 
 "${launch[@]}" train_read.py --preset "$preset" "${@:2}"

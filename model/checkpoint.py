@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -53,6 +54,8 @@ KEY_MAP = {
 }
 """Prefixes, both ways. transformers has named CLIP's modules with and without `vision_model.`; see `to_module_key`."""
 
+UNREADABLE = (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+"""What torch and safetensors raise for a file that is damaged or something else (a pointer of Git LFS, say)."""
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 """Tensors of old checkpoints that are computed today."""
 
@@ -126,7 +129,7 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                         yield key, tensors.get_tensor(key)
             else:
                 yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
-        except (OSError, RuntimeError, EOFError) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"{file} cannot be read as weights: {error}") from error
 
 
@@ -135,8 +138,11 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+            except UNREADABLE as error:
+                raise CheckpointError(f"{file} cannot be read as weights: {error}") from error
         else:
             shapes |= {key: tuple(tensor.shape) for key, tensor in read_tensors([file])}
     return shapes
@@ -191,6 +197,7 @@ def load(
     missing = _complete_sam(state, missing, sam_checkpoint, dtype)
     missing = _complete_projection(model, state, missing, dtype)
     _extend_vocabulary(state, config, dtype)
+    unexpected += sorted(set(state) - set(target.values()))  # of a SAM file
     _check(model, state, missing, unexpected, folder)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
@@ -275,6 +282,13 @@ def tower_of(folder: Path, vision_tower: str | Path | None = None) -> Path:
     if not tower:
         raise CheckpointError(f"{folder} names no vision tower: give one with --vision_tower")
     return _tower_folder(str(tower), folder)
+
+
+def clip_patch_size(folder: Path, vision_tower: str | Path | None = None) -> int:
+    """Pixels of a patch of the CLIP tower: of `vision_tower`, of the tower that the folder carries, or of the one it names."""
+    shapes = {} if vision_tower is not None else read_shapes(weight_files(folder))
+    own = shapes.get(f"{VISION_TOWER}embeddings.patch_embedding.weight")
+    return own[-1] if own else CLIPVisionConfig.from_pretrained(tower_of(folder, vision_tower)).patch_size
 
 
 def sam_image_size(folder: Path) -> int:

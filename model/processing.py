@@ -14,6 +14,7 @@ from utils.image import ImageViews, image_views
 from utils.tokenizer import ReadTokenizer, add_read_tokens, load_tokenizer, read_token_ids
 
 PROCESSOR_FILE = "read_processor.json"
+SIZES = {"sam_image_size", "num_patches"}
 
 
 class READProcessor:
@@ -56,7 +57,8 @@ class READProcessor:
             clip = CLIPImageProcessorPil.from_pretrained(folder)
         else:
             clip = CLIPImageProcessorPil.from_pretrained(tower_of(folder, vision_tower))
-        return cls(tokenizer, clip, **{**_sizes(folder, clip), **saved, **overrides})
+        sizes = {} if saved.keys() >= SIZES else _sizes(folder, clip, vision_tower)
+        return cls(tokenizer, clip, **{**sizes, **saved, **overrides})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes tokenizer, `preprocessor_config.json` and `read_processor.json`."""
@@ -90,9 +92,9 @@ class READProcessor:
         return text
 
 
-def _sizes(folder: Path, clip: CLIPImageProcessorPil) -> dict[str, int]:
-    """SAM's image size and the number of CLIP patches, where the folder does not say: those of the published models."""
-    from .checkpoint import sam_image_size
+def _sizes(folder: Path, clip: CLIPImageProcessorPil, vision_tower: str | Path | None) -> dict[str, int]:
+    """SAM's image size and the number of CLIP patches of a folder in the released layout, which does not say them."""
+    from .checkpoint import clip_patch_size, sam_image_size
 
-    patch = 14
-    return {"sam_image_size": sam_image_size(folder), "num_patches": (clip.crop_size["height"] // patch) ** 2}
+    side = clip.crop_size["height"] // clip_patch_size(folder, vision_tower)
+    return {"sam_image_size": sam_image_size(folder), "num_patches": side**2}

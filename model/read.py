@@ -113,7 +113,6 @@ class READForCausalLM(PreTrainedModel):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recomputes the language model's activations in the backward pass."""
-        self.llava.enable_input_require_grads()
         self.llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     # -------------------------------------------------------------------------------------------- teacher-forced
@@ -170,7 +169,8 @@ class READForCausalLM(PreTrainedModel):
             stand_in = self._segment(hidden, input_ids, first, first + hidden.shape[1] - 1, *pictures)
         weights = self.config.loss
         output.ce_loss = losses.answer_loss(hidden, labels, self.llava.lm_head)
-        output.bce_loss, output.dice_loss = losses.mask_losses(segments.mask_logits, masks)
+        found = losses.mask_losses(segments.mask_logits, masks)
+        output.bce_loss, output.dice_loss = (loss.to(hidden.device) for loss in found)  # without masks they come from nowhere
         output.loss = weights.ce * output.ce_loss + weights.bce * output.bce_loss + weights.dice * output.dice_loss
         if weights.sim:
             output.sim_loss = losses.similarity_loss(

@@ -331,19 +331,20 @@ def clip_step(
 
 
 def dense_words(scenes: list[world.Scene], processor: READProcessor) -> torch.Tensor:
-    """(B, P, 3) ids of the words for kind, colour and size of what each image token shows; -100 on the ground."""
+    """(B, P, 5) ids of the words for kind, colour, size and place of what each image token shows; -100 on the ground."""
     grid = math.isqrt(processor.num_patches)
-    words = torch.full((len(scenes), processor.num_patches, 3), IGNORE_INDEX)
+    words = torch.full((len(scenes), processor.num_patches, 5), IGNORE_INDEX)
     for b, scene in enumerate(scenes):
         for thing in scene.things:
             share = losses.mask_on_token_grid(torch.from_numpy(thing.mask.astype(np.uint8)), grid, CLIP_SIZE)
-            said = [processor.tokenizer.encode(word)[1] for word in (thing.name, thing.colour, thing.size)]
+            place = world.place(scene, thing)
+            said = [processor.tokenizer.encode(word)[1] for word in (thing.name, thing.colour, thing.size, *place)]
             words[b, share > 0.5] = torch.tensor(said)
     return words
 
 
 def dense_loss(hidden: torch.Tensor, batch: dict, words: torch.Tensor, lm_head: torch.nn.Module) -> torch.Tensor:
-    """Each image token's state names kind, colour and size of what it shows: sight, before anything is asked."""
+    """Each image token's state names kind, colour, size and place of what it shows: sight, before anything is asked."""
     states = hidden[batch["input_ids"] == IMAGE_TOKEN_INDEX].view(len(words), -1, hidden.shape[-1])
     known = words[..., 0] != IGNORE_INDEX
     log_probs = lm_head(states[known]).float().log_softmax(-1)

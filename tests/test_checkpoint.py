@@ -195,6 +195,16 @@ def test_a_base_with_its_own_vision_tower_keeps_it(loaded, released, tmp_path):
     assert torch.equal(own, tensors[key])
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_damaged_weights_are_named(loaded, tmp_path, name):
+    """What an interrupted download leaves, or a pointer of Git LFS."""
+    loaded.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read as weights"):
+        READForCausalLM.from_pretrained(tmp_path)
+
+
 def test_missing_folder_and_missing_tower(released, tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load(tmp_path / "nowhere")

@@ -162,17 +162,34 @@ def test_semantic_samples_ask_deny_and_correct(mini):
     assert seen["true"] == set(names.split("||")) and seen["denial"] and seen["correction"]
 
 
-def test_what_is_missing_is_named_at_once_and_left_out_only_if_allowed(mini, caplog):
-    flags = {"sem_seg_data": "ade20k", "refer_seg_data": "refclef||refcoco", "neg_refer_seg_data": "R-refcoco"}
+def test_the_other_referring_sets(mini):
+    for name in ("refclef", "refcoco+", "refcocog", "R-refcoco"):
+        family = "neg_refer_seg" if name.startswith("R-") else "refer_seg"
+        mixture = build_train([family], [1], mini, **{f"{family}_data": name}, num_classes_per_sample=4)
+        samples = [mixture.sample(0, i) for i in range(12)]
+        assert {sample.meta["dataset"] for sample in samples} == {name}
+        texts = [text for sample in samples for text in sample.questions]
+        assert any("of the" in text or "most" in text for text in texts) == (name != "refcoco+")
+        replies = [(reply, there) for s in samples for ((_, reply),), there in zip(s.conversations, s.exists, strict=True)]
+        assert all(("[SEG]" in reply) == there for reply, there in replies)
+        assert all(there for _, there in replies) == (name != "R-refcoco")
+
+
+def test_what_is_missing_is_named_at_once_and_left_out_only_if_allowed(mini, tmp_path, caplog):
+    from shutil import copytree, rmtree
+
+    mini = copytree(mini, tmp_path / "mini")
+    rmtree(mini / "refer_seg/refclef")
+    flags = {"sem_seg_data": "ade20k", "refer_seg_data": "refclef||refcoco", "neg_refer_seg_data": "R-refcoco+"}
     families = ["sem_seg", "refer_seg", "neg_refer_seg"]
-    with pytest.raises(FileNotFoundError, match="(?s)refer_seg, refclef: .*neg_refer_seg, R-refcoco: "):
+    with pytest.raises(FileNotFoundError, match="(?s)refer_seg, refclef: .*neg_refer_seg, R-refcoco[+]: "):
         build_train(families, [1, 2, 3], mini, **flags)
     mixture = build_train(families, [1, 2, 3], mini, **flags, allow_missing=True)
     assert "refclef" in caplog.text and "R-refcoco" in caplog.text
     assert mixture.shares.tolist() == [1 / 3, 2 / 3]
     assert {mixture.sample(0, i).meta["dataset"] for i in range(20)} == {"ade20k", "refcoco"}
     with pytest.raises(FileNotFoundError, match="nothing of it is left"):
-        build_train(["neg_refer_seg"], [1], mini, neg_refer_seg_data="R-refcoco", allow_missing=True)
+        build_train(["neg_refer_seg"], [1], mini, neg_refer_seg_data="R-refcoco+", allow_missing=True)
 
 
 def test_dialogues_keep_their_turns_and_have_no_masks(mini, tmp_path):
@@ -245,7 +262,7 @@ def test_rates_are_kept_and_checked(mini):
 
 def test_missing_files_are_named(mini, tmp_path):
     with pytest.raises(FileNotFoundError, match="instances.json|refs"):
-        build_eval("refcoco+", "val", mini)
+        build_eval("R-refcocog", "val", mini)
     with pytest.raises(FileNotFoundError, match="ReasonSeg/val"):
         build_eval("ReasonSeg", "val", tmp_path)
     with pytest.raises(ValueError, match="nosuch"):
@@ -346,8 +363,8 @@ def test_check_counts_what_is_there(mini, capsys):
     assert rows["llava_instruct_150k", "train"][:2] == [1, 1]
     assert rows["paco_lvis", "train"][2] > rows["pascal_part", "train"][0]
     told = [" ".join(line) for line in lines]
-    assert any(line.startswith("missing refclef:") and "refs(unc).p" in line for line in told)
-    assert "trains refer_seg: refcoco" in told
+    assert any(line.startswith("missing R-refcocog:") and "refs(umd_exclude_unified).p" in line for line in told)
+    assert "trains refer_seg: refclef, refcoco, refcoco+, refcocog" in told
 
 
 def test_check_says_what_is_missing_and_broken(mini, tmp_path, capsys):
@@ -355,7 +372,7 @@ def test_check_says_what_is_missing_and_broken(mini, tmp_path, capsys):
 
     from dataset.check import main
 
-    assert main(["--dataset_dir", str(mini), "--dataset", "refer_seg"]) == 1  # asked for, and not all there
+    assert main(["--dataset_dir", str(mini), "--dataset", "neg_refer_seg"]) == 1  # asked for, and not all there
     assert main(["--dataset_dir", str(tmp_path)]) == 1
     assert "trains   nothing" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no data set 'grefcoco'"):

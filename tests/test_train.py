@@ -146,16 +146,18 @@ def test_merged_model_answers_as_the_trained_one(run: Path, tmp_path: Path) -> N
         merge_lora(merged)
     assert READProcessor.from_pretrained(out).sam_image_size == merged.config.sam.image_size
 
-    with pytest.raises(FileExistsError, match="a model already"):
+    with pytest.raises(SystemExit, match="a model already"):
         merge.main([str(run), str(out)])
     merge.main([str(run), str(out), "--overwrite", "--dtype", "bf16"])
     assert READForCausalLM.from_pretrained(out, dtype=torch.bfloat16).dtype == torch.bfloat16
     half = tmp_path / "half"
     half.mkdir()
     (half / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="no complete model"):
+    with pytest.raises(SystemExit, match="no complete model"):
         merge.main([str(run), str(half)])
-    with pytest.raises(FileNotFoundError, match="step9.*there are: .*step4"):
+    with pytest.raises(SystemExit, match="which is merged from"):
+        merge.main([str(run), str(run), "--overwrite"])
+    with pytest.raises(SystemExit, match="step9.*there are: .*step4"):
         merge.main([str(run), str(tmp_path / "new"), "--tag", "step9"])
 
 
@@ -166,7 +168,7 @@ def test_shards_are_deleted_only_when_asked_and_all_went_well(run: Path, tmp_pat
     broken = json.loads((copy / "config.json").read_text())
     broken["train"]["lora_r"] = 2
     (copy / "config.json").write_text(json.dumps(broken))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(SystemExit, match="does not fit"):
         merge.main([str(copy), str(tmp_path / "out"), "--delete_shards"])
     assert (copy / "ckpt_model" / "latest").is_file() and not (tmp_path / "out").exists()
     (copy / "config.json").write_text((run / "config.json").read_text())
@@ -209,13 +211,17 @@ def test_resuming_continues_as_if_never_stopped(data: Path, run: Path, tmp_path:
     """Stopped in mid-epoch by --max_steps and resumed, a run ends with the weights of one that went through."""
     train_read.main([*flags(data, tmp_path, "tiny"), "--max_steps", "1", "--no_eval"])
     assert (tmp_path / "tiny" / "ckpt_model" / "latest").read_text() == "step1"
-    with pytest.raises(FileExistsError, match="--auto_resume"):
+    with pytest.raises(SystemExit, match="--auto_resume"):
         train_read.main(flags(data, tmp_path, "tiny"))
-    with pytest.raises(ValueError, match="lora_r was 4, is 8"):
+    with pytest.raises(SystemExit, match="lora_r was 4, is 8"):
         train_read.main([*flags(data, tmp_path, "tiny", lora_r=8), "--auto_resume"])
     train_read.main([*flags(data, tmp_path, "tiny"), "--auto_resume"])
-    with pytest.raises(ValueError, match="--overwrite would delete"):
+    with pytest.raises(SystemExit, match="--overwrite would delete"):
         train_read.main([*flags(data, tmp_path, "tiny"), "--auto_resume", "--overwrite"])
+    with pytest.raises(SystemExit, match="with it .*tiny/merged"):
+        train_read.main([*flags(data, tmp_path, "tiny", version=str(tmp_path / "tiny/merged")), "--overwrite"])
+    with pytest.raises(SystemExit, match="--eval_only measures --version"):
+        train_read.main([*flags(data, tmp_path, "tiny"), "--eval_only", "--auto_resume"])
     resumed = merge.read_shards(tmp_path / "tiny" / "ckpt_model" / "step4")
     through = merge.read_shards(run / "ckpt_model" / "step4")
     assert resumed.keys() == through.keys()
@@ -230,7 +236,7 @@ def test_a_new_run_continues_from_another(data: Path, run: Path, tmp_path: Path)
     train_read.main([*flags(data, tmp_path, "next", epochs=3), "--max_steps", "5", "--no_eval", "--resume", str(run)])
     assert [line["step"] for line in records(tmp_path / "next", "train")] == [5]
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
-    with pytest.raises(FileNotFoundError, match="not a training run"):
+    with pytest.raises(SystemExit, match="not a training run"):
         train_read.main([*flags(data, tmp_path, "other"), "--resume", str(tmp_path / "nowhere")])
 
 
@@ -238,7 +244,7 @@ def test_a_new_run_continues_from_another(data: Path, run: Path, tmp_path: Path)
 def test_what_is_missing_shows_before_a_model_is_loaded(data: Path, tmp_path: Path) -> None:
     """A data folder that is not there stops the run at once, and leaves no run folder behind."""
     for changed in ({"val_split": "test"}, {"dataset": "refer_seg"}):
-        with pytest.raises(FileNotFoundError, match=str(data)):
+        with pytest.raises(SystemExit, match=str(data)):
             train_read.main(flags(data, tmp_path, "missing", version="nowhere", **changed))
     assert not (tmp_path / "missing").exists()
 

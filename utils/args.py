@@ -145,6 +145,8 @@ class TrainArgs:
             complaints.append(f"--conv_type must be one of {', '.join(SYSTEM)}, found {self.conv_type!r}")
         if self.resume and self.auto_resume:
             complaints.append("--resume names the run to continue, --auto_resume means this one: give one of the two")
+        if self.eval_only and (self.resume or self.auto_resume):
+            complaints.append("--eval_only measures --version: merge the run first (merge_lora_weight.sh), then name that")
         try:
             self.mixture()
         except ValueError as error:

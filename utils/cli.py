@@ -6,7 +6,9 @@ Nothing heavy is imported here, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 DEFAULT_MODEL = "assets/read-mini-base"
@@ -46,6 +48,15 @@ def torch_dtype(precision: str | None, on_gpu: bool) -> Any:
     import torch
 
     return getattr(torch, DTYPES[precision or ("bf16" if on_gpu else "fp32")])
+
+
+@contextlib.contextmanager
+def plain_errors(program: str) -> Iterator[None]:
+    """Ends the program with one line where the user's input is at fault: a file, a folder, a flag."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # CheckpointError is a ValueError
+        raise SystemExit(f"{program}: {error}") from error
 
 
 def one_line(error: BaseException, limit: int = 600) -> str:

@@ -24,10 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
     options = build_parser().parse_args(argv)
-    before, after = (json.loads((folder / "results.json").read_text()) for folder in (options.before, options.after))
     try:
-        print(compare(before, after))
-    except ValueError as error:
+        print(compare(*(json.loads((folder / "results.json").read_text()) for folder in (options.before, options.after))))
+    except (OSError, ValueError) as error:
         raise SystemExit(f"compare: {error}") from error
     return 0
 

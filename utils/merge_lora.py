@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.args import TrainArgs
+from utils.cli import plain_errors
 
 if TYPE_CHECKING:
     import torch
@@ -52,12 +53,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Merges; see the module's docstring."""
     options = build_parser().parse_args(argv)
+    with plain_errors("merge_lora"):
+        merge(options)
+
+
+def merge(options: argparse.Namespace) -> None:
+    """What the command line asks for; nothing is deleted before what replaces it is whole."""
     from utils.runlog import setup_logging
 
     setup_logging()
     logging.getLogger("model.lora").setLevel(logging.WARNING)  # what trained was said when it was trained
     args = TrainArgs.load(options.run)
-    check_out(options.out, options.overwrite)
+    check_out(options.out, options.overwrite, needed=[options.run, Path(args.version), options.fp32])
 
     import torch
 
@@ -94,12 +101,15 @@ def main(argv: list[str] | None = None) -> None:
         log.info("deleted %s", options.run / "ckpt_model")
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Refuses a folder that holds something, whole or half.
+def check_out(out: Path, overwrite: bool, needed: list[Path | None]) -> None:
+    """Refuses a folder that holds something, whole or half, and one that holds what the merge needs.
 
     Raises:
-        FileExistsError: with what to do.
+        FileExistsError, ValueError: with what to do.
     """
+    inside = [path for path in needed if path is not None and path.resolve().is_relative_to(out.resolve())]
+    if inside:
+        raise ValueError(f"{out} holds {inside[0]}, which is merged from: choose another OUT")
     if overwrite or not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     whole = (out / "config.json").is_file() and (any(out.glob("*.safetensors")) or any(out.glob("*.bin")))

@@ -343,18 +343,23 @@ def false_reasoning(scene: Scene, rng: np.random.Generator) -> list[tuple[str, b
     return found
 
 
+def place(scene: Scene, thing: Thing) -> tuple[str, str]:
+    """(row, column) of a thing's centre in words."""
+    height, width = scene.image.shape[:2]
+    x, y = thing.centre
+    row = "top" if y < 0.36 * height else "bottom" if y > 0.64 * height else "middle"
+    column = "left" if x < 0.36 * width else "right" if x > 0.64 * width else "middle"
+    return row, column
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """All things with size, colour, kind and place, in a random order."""
-    height, width = scene.image.shape[:2]
     said = []
     for i in rng.permutation(len(scene.things)):
         thing = scene.things[i]
-        x, y = thing.centre
-        row = "top" if y < 0.36 * height else "bottom" if y > 0.64 * height else ""
-        column = "left" if x < 0.36 * width else "right" if x > 0.64 * width else ""
-        place = f"{row} {column}".strip() or "middle"
+        words = " ".join(word for word in place(scene, thing) if word != "middle") or "middle"
         article = "" if thing.name in SINGULAR else "a "
-        said.append(f"{article}{thing.size} {thing.colour} {_name(rng, thing.name)} at the {place}")
+        said.append(f"{article}{thing.size} {thing.colour} {_name(rng, thing.name)} at the {words}")
     return f"There is {', '.join(said[:-1])} and {said[-1]}." if len(said) > 1 else f"There is {said[0]}."
 
 

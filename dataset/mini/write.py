@@ -1,8 +1,8 @@
 """Writes the mini world in the formats of ReasonSeg, RefCOCO, FP-RefCOCO, LLaVA-Instruct and the semantic sets (§2).
 
     reason_seg/ReasonSeg/{train,val,test}/*.jpg + *.json
-    refer_seg/{refcoco,fprefcoco}/{instances.json, refs(<splitBy>).p}
-    refer_seg/images/mscoco/images/train2014/COCO_train2014_*.jpg
+    refer_seg/{refcoco,fprefcoco}/{instances.json, refs(<splitBy>).p}, and small refclef, refcoco+, refcocog, R-refcoco
+    refer_seg/images/mscoco/images/train2014/COCO_train2014_*.jpg, refer_seg/images/saiapr_tc-12/*/images/*.jpg
     llava_dataset/llava_instruct_150k.json, coco/train2017/*.jpg
     ade20k, cocostuff, mapillary (label maps), vlpart/{pascal_part,paco} (objects and parts)
 
@@ -31,7 +31,7 @@ IGNORE_SHARE = 0.2
 """ReasonSeg files that leave one other thing out of the measure."""
 CATEGORIES = {name: i + 1 for i, name in enumerate(NAMES)}
 SPLITS = ("train", "val", "test", "testA", "testB")
-FAMILIES = ("reason_seg", "refcoco", "fprefcoco", "vqa", "sem_seg")
+FAMILIES = ("reason_seg", "refcoco", "fprefcoco", "vqa", "sem_seg", "refclef", "refcoco+", "refcocog", "R-refcoco")
 
 
 def _rng(seed: int, family: str, split: str, number: int) -> np.random.Generator:
@@ -102,9 +102,8 @@ def _shape(label: str, outline: np.ndarray) -> dict:
 
 def write_refer(root: Path, seed: int, family: str, counts: dict[str, int], first_image: int) -> int:
     """One data set of the refer family; returns the image id after its last."""
-    images = root / "refer_seg/images/mscoco/images/train2014"
+    images = root / "refer_seg/images" / ("saiapr_tc-12" if family == "refclef" else "mscoco/images/train2014")
     folder = root / "refer_seg" / family
-    images.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     instances: dict[str, list] = {
         "images": [],
@@ -116,21 +115,27 @@ def write_refer(root: Path, seed: int, family: str, counts: dict[str, int], firs
     for split, count in counts.items():
         for number in range(count):
             rng = _rng(seed, family, split, number)
-            scene = _scene(rng, split, lambda scene: bool(world.expressions(scene, np.random.default_rng(0))))
+            scene = _scene(rng, split, lambda scene: bool(_said(scene, np.random.default_rng(0), family)))
             height, width = scene.image.shape[:2]
             file_name = f"COCO_train2014_{image_id:012d}.jpg"
+            if family == "refclef":
+                file_name = f"{image_id % 40:02d}/images/{image_id}.jpg"
+            (images / file_name).parent.mkdir(parents=True, exist_ok=True)
             _write_jpeg(images / file_name, scene.image)
             instances["images"].append({"id": image_id, "file_name": file_name, "height": height, "width": width})
             first_annotation = len(instances["annotations"]) + 1
             for thing in scene.things:
                 instances["annotations"].append(_annotation(thing, image_id, len(instances["annotations"]) + 1, rng))
-            said: dict[int, list[dict]] = {}
-            for found in world.expressions(scene, rng):
-                sentences = said.setdefault(found.target, [])
-                if len(sentences) < 2 and found.text not in [s["sent"] for s in sentences]:
-                    sentences.append({"sent": found.text})
-            if family == "fprefcoco":
-                said = _with_false_premises(scene, rng, said)
+            ways: dict[int, dict[str, str]] = {}
+            for found in _said(scene, rng, family):
+                ways.setdefault(found.target, {})[found.kind] = found.text
+            # Two ways of naming each thing: by attributes, as an extreme, by a relation, with even odds.
+            said = {
+                target: [{"sent": of_kind[kind]} for kind in rng.permutation(sorted(of_kind))[:2]]
+                for target, of_kind in ways.items()
+            }
+            if family.startswith(("fp", "R-")):
+                said = _with_false_premises(scene, rng, said, family)
             for target, sentences in sorted(said.items()):
                 for sentence in sentences:
                     sentence |= {"raw": sentence["sent"], "tokens": sentence["sent"].split(), "sent_id": sent_id}
@@ -172,20 +177,26 @@ def _annotation(thing: world.Thing, image_id: int, number: int, rng: np.random.G
     }
 
 
+def _said(scene: world.Scene, rng: np.random.Generator, family: str) -> list[world.Expression]:
+    """What a set says of a scene: RefCOCO+ speaks of no places, RefCOCOg at length."""
+    found = world.expressions(scene, rng)
+    if family == "refcoco+":
+        return [e for e in found if e.kind not in ("extreme", "relation")]
+    return [e for e in found if len(e.text.split()) > 2] if family == "refcocog" else found
+
+
 def _with_false_premises(
-    scene: world.Scene, rng: np.random.Generator, said: dict[int, list[dict]]
+    scene: world.Scene, rng: np.random.Generator, said: dict[int, list[dict]], family: str
 ) -> dict[int, list[dict]]:
-    """One true expression a thing, and about as many false ones, each with the true one nearest to it."""
-    out = {
-        target: [{**sentence, "is_false_premise": False, "gt_sent": ""} for sentence in sentences[:1]]
-        for target, sentences in said.items()
-    }
+    """One true expression a thing, and about as many false ones; FP sets give each the true one nearest to it."""
+    corrects = family.startswith("fp")
+    true = {"is_false_premise": False, "gt_sent": ""} if corrects else {"exist": True}
+    out = {target: [{**sentence, **true} for sentence in sentences[:1]] for target, sentences in said.items()}
     targets = list(out)
     wanted = sum(map(len, out.values()))
     for number, false in enumerate(world.false_premises(scene, rng)[:wanted]):
-        out[targets[number % len(targets)]].append(
-            {"sent": false.text, "is_false_premise": True, "gt_sent": false.correction}
-        )
+        mark = {"is_false_premise": True, "gt_sent": false.correction} if corrects else {"exist": False}
+        out[targets[number % len(targets)]].append({"sent": false.text, **mark})
     return out
 
 
@@ -293,6 +304,9 @@ def write_all(root: Path, seed: int = 0, train: int = 600, val: int = 80, test: 
     after = write_refer(
         root, seed, "refcoco", {"train": train, "val": val, "testA": test // 2, "testB": test // 2}, first_image=1
     )
-    write_refer(root, seed, "fprefcoco", {"train": train, "val": val}, first_image=after)
+    after = write_refer(root, seed, "fprefcoco", {"train": train, "val": val}, first_image=after)
+    few = {"train": max(train // 20, 4), "val": max(val // 4, 1)}
+    for family in ("refclef", "refcoco+", "refcocog", "R-refcoco"):
+        after = write_refer(root, seed, family, few, first_image=after)
     write_vqa(root, seed, train // 6)
     write_sem_seg(root, seed, max(train // 20, 1))
