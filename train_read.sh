@@ -11,7 +11,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 preset=${1:?usage: bash train_read.sh PRESET [flags]}
-read -ra gpus -d '' <<<"$(tr ',' ' ' <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)}")" || true
+seen=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)}
+read -ra gpus <<<"${seen//[,$'\n']/ }"
 procs=${NUM_PROCS:-${#gpus[@]}}
 launch=(python)
 if [ "$procs" -gt 1 ]; then

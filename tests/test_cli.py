@@ -28,6 +28,7 @@ ENTRIES = {
     "utils.merge_lora": "utils.merge_lora",
     "dataset.mini": "dataset.mini.__main__",
     "utils.compare": "utils.compare",
+    "dataset.check": "dataset.check",
 }
 """What a command may run -> the module whose `main` parses it."""
 
