@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,20 +22,22 @@ VARIANTS = {"SasP on": "--sasp", "SasP off": "--no-sasp"}
 SETS = ("refcoco|val", "ReasonSeg|val")
 
 
-def run(*command: str) -> None:
+def run(environment: dict[str, str], *command: str) -> None:
     """One command of the project, as a user types it, with this interpreter first on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PATH": path})
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PATH": path, **environment})
 
 
 def measure(folder: Path, variant: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """cIoU and gIoU of one seed and variant, in percent."""
     name = f"{'on' if variant == 'SasP on' else 'off'}_{seed}"
     switch = VARIANTS[variant]
-    run("bash", "train_read.sh", "mini", "--log_base_dir", str(folder), "--exp_name", name, "--overwrite", "--no_eval",
+    number = list(VARIANTS).index(variant) * 100 + seed
+    own = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // options.jobs, 1)), "MASTER_PORT": str(29_600 + number)}
+    run(own, "bash", "train_read.sh", "mini", "--log_base_dir", str(folder), "--exp_name", name, "--overwrite", "--no_eval",
         "--seed", str(seed), "--steps_per_epoch", str(options.steps), "--dataset_dir", options.dataset_dir, switch)  # fmt: skip
-    run("bash", "merge_lora_weight.sh", str(folder / name), str(folder / name / "merged"), "--overwrite")
-    run("bash", "val_read.sh", str(folder / name / "merged"), "--dataset_dir", options.dataset_dir, "--data", *SETS,
+    run(own, "bash", "merge_lora_weight.sh", str(folder / name), str(folder / name / "merged"), "--overwrite")
+    run(own, "bash", "val_read.sh", str(folder / name / "merged"), "--dataset_dir", options.dataset_dir, "--data", *SETS,
         "--out", str(folder / name / "val"), switch)  # fmt: skip
     scores = {}
     for result in json.loads((folder / name / "val/results.json").read_text())["results"]:
@@ -49,8 +52,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="optimiser steps of each run")
     parser.add_argument("--dataset_dir", default="data/mini")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/ablation")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
     options = parser.parse_args()
-    found = {v: [measure(options.out, v, seed, options) for seed in options.seeds] for v in VARIANTS}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        waiting = {v: [pool.submit(measure, options.out, v, seed, options) for seed in options.seeds] for v in VARIANTS}
+        found = {v: [run.result() for run in runs] for v, runs in waiting.items()}
     (options.out / "results.json").write_text(json.dumps({"steps": options.steps, "scores": found}, indent=2) + "\n")
     print(f"{options.steps} steps, seeds {options.seeds}: mean (lowest to highest)")
     for key in found["SasP on"][0]:

@@ -233,8 +233,10 @@ def build_model(folder: Path) -> tuple[READForCausalLM, READProcessor]:
     return READForCausalLM(config), processor
 
 
-def load_parts(model: READForCausalLM, folder: Path) -> None:
-    """Weights of the stages that have run, over the random ones."""
+def load_parts(model: READForCausalLM, folder: Path, start: Path | None = None) -> None:
+    """Weights of the stages that have run, over the random ones or over those of a whole model."""
+    if start is not None:
+        model.load_state_dict(READForCausalLM.from_pretrained(start).state_dict())
     for part in STAGE_PREFIXES:
         file = folder / f"{part}.pt"
         if file.is_file():
@@ -409,9 +411,10 @@ def build_optimizers(trained: dict[str, torch.nn.Parameter]) -> list[torch.optim
 def train(args: argparse.Namespace) -> None:
     """One stage, for `--minutes` of wall clock; the learning rate follows the clock, so a busy machine ends it well too."""
     torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([args.seed, list(STAGE_PREFIXES).index(args.stage)])
-    model, processor = build_model(args.out)
-    load_parts(model, args.out)
+    model, processor = build_model(args.start or args.out)
+    load_parts(model, args.out, args.start)
     model.train()
     prefixes = STAGE_PREFIXES[args.stage]
     for name, parameter in model.named_parameters():
@@ -470,8 +473,8 @@ def save_stage(model: READForCausalLM, folder: Path, stage: str) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """The base as a folder of fp16 safetensors, loadable on its own, and how it was learnt, in curve.jsonl."""
-    model, processor = build_model(args.out)
-    load_parts(model, args.out)
+    model, processor = build_model(args.start or args.out)
+    load_parts(model, args.out, args.start)
     model.config.loss = get_preset("mini").loss
     model.half().save_pretrained(args.to, processor=processor)
     with (args.to / "curve.jsonl").open("w") as curve:
@@ -487,6 +490,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["tokenizer", *STAGE_PREFIXES, "export"])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/base", help="folder of the stages' weights and logs")
     parser.add_argument("--to", type=Path, default=ROOT / "assets/read-mini-base", help="folder that `export` writes")
+    parser.add_argument("--start", type=Path, help="goes on from this whole model, e.g. assets/read-mini-base")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch_size", type=int, default=8, help="scenes a step")
