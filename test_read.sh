@@ -2,7 +2,7 @@
 # Generative evaluation, the protocol of the published FP-RefCOCO numbers:
 #
 #   bash test_read.sh MODEL [flags of test_read.py]
-#   bash test_read.sh rui-qian/READ-7B --dataset_dir ./data --preset read-7b-fprefcoco --compat released
+#   bash test_read.sh rui-qian/READ-LLaVA-v1.5-7B-for-fprefcoco --dataset_dir ./data --preset read-7b-fprefcoco --compat released
 #
 # The last --data counts. Writes results.json and predictions into --out.
 set -euo pipefail

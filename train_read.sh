@@ -2,7 +2,7 @@
 # Fine-tunes READ:  bash train_read.sh PRESET [flags of train_read.py]
 #
 #   bash train_read.sh mini                              READ-mini from assets/read-mini-base, minutes on two cores
-#   bash train_read.sh read-7b-val --version see-say-segment/SESAME_LLAVA1.5-7B --dataset_dir ./data
+#   bash train_read.sh read-7b-val --dataset_dir ./data          from the base that the preset names
 #   NUM_PROCS=2 bash train_read.sh mini                  two processes, on GPUs or on a CPU
 #
 # With several GPUs, or with NUM_PROCS, the deepspeed launcher starts one process on each; else it is plain python.

@@ -30,7 +30,7 @@ def answer_loss(hidden_NTD: torch.Tensor, labels_NT: torch.Tensor, lm_head: torc
 def mask_losses(logits: list[torch.Tensor], masks: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(BCE, Dice) of M masks, each a mean over masks of per-picture values at original resolution (§3). Float32 scalars.
 
-    Pixels of value 255 are left out of both. M may be 0: then both are None-free zeros without gradient.
+    Pixels of value 255 are left out of both. M may be 0: then both are zeros without gradient.
     """
     if len(logits) != len(masks):
         raise ValueError(

@@ -10,7 +10,8 @@ drawn without end from the training photographs, so no sample is seen twice and 
     python scripts/pretrain_mini.py seg       --out runs/base        # joined through [SEG]; SAM's encoder stays frozen
     python scripts/pretrain_mini.py export    --out runs/base        # fp16 folder assets/read-mini-base
 
-`sam` and the others before `seg` do not touch each other's weights and may run at the same time.
+`sam` shares no weights with `clip` and `sight` and may run beside them; `sight` goes on from `clip`, `seg` from all. A stage
+that is run again goes on from itself, with --start from a whole model. Needs torch 2.9 or newer (Muon).
 """
 
 from __future__ import annotations
