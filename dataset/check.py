@@ -1,5 +1,7 @@
 """`python -m dataset.check --dataset_dir D`: what is there, what is missing, what is broken, and what would train.
 
+    python -m dataset.check --own_data PATH         own data (dataset/own.py) instead, pictures and all
+
 Counts pictures and questions of every set and split, and looks at every annotation; with --pictures it decodes every picture
 too. Ends with 0 if all that was asked for is whole, with 1 if something is missing, with 2 if something is broken.
 """
@@ -16,6 +18,8 @@ import numpy as np
 
 from utils.image import read_image
 
+from .own import SHOWN as OWN_SHOWN
+from .own import OwnDataError, open_splits, question_mask
 from .reason_seg import draw_mask, list_files, read_annotation
 from .refer_api import SPLIT_BY, Refer
 from .sem_seg import SOURCES
@@ -59,7 +63,7 @@ class Report:
 def check(family: str, name: str, dataset_dir: Path, pictures: bool = False) -> Report:
     """Looks at every annotation of one set, and at every picture if `pictures`."""
     report = Report(family, name)
-    look = {"sem_seg": _sem_seg, "reason_seg": _reason_seg, "vqa": _vqa}.get(family, _refer)
+    look = {"sem_seg": _sem_seg, "reason_seg": _reason_seg, "vqa": _vqa, "own": _own}.get(family, _refer)
     try:
         for path in look(report, dataset_dir):
             if not path.is_file():
@@ -71,6 +75,8 @@ def check(family: str, name: str, dataset_dir: Path, pictures: bool = False) -> 
                     report.faults.append(str(error))
     except FileNotFoundError as error:
         report.missing = str(error)
+    except OwnDataError as error:
+        report.faults += error.faults
     except ValueError as error:
         report.faults.append(str(error))
     return report
@@ -156,6 +162,35 @@ def _vqa(report: Report, root: Path) -> Iterator[Path]:
         yield data.picture(number)
 
 
+def _own(report: Report, _: Path) -> Iterator[Path]:
+    """Decodes every picture: its size must be that of its masks."""
+    for name, opened in open_splits(report.name).items():
+        split = Split(name)
+        report.splits.append(split)
+        try:
+            data = opened()
+        except OwnDataError as error:  # the other splits may be whole
+            report.faults += error.faults
+            continue
+        for picture in data.pictures:
+            split.pictures += 1
+            try:
+                size = read_image(picture.path).shape[:2]
+            except ValueError as error:
+                report.faults.append(str(error))
+                continue
+            for asked in picture.questions:
+                split.questions += 1
+                split.positive += asked.exists
+                split.negative += not asked.exists
+                try:
+                    if asked.exists and not (question_mask(picture, asked, *size) == 1).any():
+                        report.faults.append(f"{asked.where}: its shapes cover nothing of the picture")
+                except ValueError as error:
+                    report.faults.append(str(error))
+    yield from ()
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -167,6 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dataset", help="families or sets, joined by ||; unless given, all that is there: " + ", ".join(known)
     )
+    parser.add_argument("--own_data", help="paths of own data, joined by ||; without --dataset nothing else is looked at")
     parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=False, help="decode every picture")
     return parser
 
@@ -193,32 +229,37 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     options = build_parser().parse_args(argv)
     try:
-        pairs = wanted(options.dataset)
+        pairs = [] if options.own_data and options.dataset is None else wanted(options.dataset)
     except ValueError as error:
         raise SystemExit(f"dataset.check: {error}") from error
+    pairs += [("own", path) for path in options.own_data.split("||")] if options.own_data else []
     reports = [check(family, name, options.dataset_dir, options.pictures) for family, name in pairs]
-    print(f"{'family':<19}{'set':<21}{'split':<8}{'pictures':>9}{'questions':>11}{'positive':>10}{'negative':>10}")
+    width = max([21, *(len(name) + 2 for _, name in pairs)])
+    print(f"{'family':<19}{'set':<{width}}{'split':<8}{'pictures':>9}{'questions':>11}{'positive':>10}{'negative':>10}")
     for report in reports:
         for split in report.splits:
             counts = f"{split.pictures:>9}{split.questions:>11}{split.positive:>10}{split.negative:>10}"
-            print(f"{report.family:<19}{report.name:<21}{split.name:<8}{counts}")
+            print(f"{report.family:<19}{report.name:<{width}}{split.name:<8}{counts}")
     for report in reports:
-        for fault in report.faults[:SHOWN]:
+        shown = OWN_SHOWN if report.family == "own" else SHOWN  # own data are there to be mended
+        for fault in report.faults[:shown]:
             print(f"broken   {report.name}: {fault}")
-        if len(report.faults) > SHOWN:
-            print(f"broken   {report.name}: and {len(report.faults) - SHOWN} more")
+        if len(report.faults) > shown:
+            print(f"broken   {report.name}: and {len(report.faults) - shown} more")
     for report in reports:
         if report.missing:
             print(f"missing  {report.name}: {report.missing}")
     whole = [r for r in reports if not r.missing and not r.faults and any(s.name == "train" for s in r.splits)]
-    for family in FAMILIES:
+    for family in (*FAMILIES, "own"):
         names = [report.name for report in whole if report.family == family]
         if names:
             print(f"trains   {family}: {', '.join(names)}")
     if not whole:
         print("trains   nothing")
     # Without --dataset everything is looked for, and that some of it is missing is no fault.
-    missing = any(report.missing for report in reports) and (options.dataset is not None or not whole)
+    missing = any(report.missing for report in reports) and (
+        options.dataset is not None or options.own_data is not None or not whole
+    )
     return 2 if any(report.faults for report in reports) else int(missing)
 
 

@@ -125,11 +125,11 @@ class Refer:
             if not segmentation:
                 continue
             parts = segmentation if isinstance(segmentation, list) else [segmentation]
-            total |= coco_mask.decode([_rle(part, height, width) for part in parts]).max(axis=2).astype(np.uint8)
+            total |= coco_mask.decode([rle(part, height, width) for part in parts]).max(axis=2).astype(np.uint8)
         return total
 
 
-def _rle(part: list[float] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
+def rle(part: list[float] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
     """Compressed RLE of a polygon, of an uncompressed RLE or of itself."""
     if isinstance(part, list):
         return coco_mask.merge(coco_mask.frPyObjects([part], height, width))

@@ -216,8 +216,8 @@ class SemSegTraining:
         source, mode = self.source, MODES[rng.choice(len(MODES), p=MODE_SHARES)]
         for _ in range(100):
             content = source.content(int(rng.integers(len(source))), rng)
-            present = _choose(content.present, self.k, rng)
-            absent = _choose(content.absent, len(present), rng)
+            present = choose(content.present, self.k, rng)
+            absent = choose(content.absent, len(present), rng)
             if present and (mode == "true" or absent):
                 break
         else:
@@ -225,7 +225,7 @@ class SemSegTraining:
         image = read_image(content.path)
         if mode == "true":
             asked = [name.lower() for name, _ in present]
-            replies = [_pick(templates.SHORT_ANSWER, rng).format(class_name=name) for name in asked]
+            replies = [pick(templates.SHORT_ANSWER, rng).format(class_name=name) for name in asked]
             masks = np.stack([mask() for _, mask in present])
             if masks.shape[1:] != image.shape[:2]:
                 raise ValueError(f"{content.path} is {image.shape[:2]} high and wide, its annotation {masks.shape[1:]}")
@@ -233,10 +233,10 @@ class SemSegTraining:
             asked, masks = [name.lower() for name in absent], np.zeros((0, *image.shape[:2]), np.uint8)
             pool = templates.NEG_ANSWER if mode == "denial" else templates.CORRECT_ANSWER
             replies = [
-                _pick(pool, rng).format(class_name=name, gt_name=true.lower())
+                pick(pool, rng).format(class_name=name, gt_name=true.lower())
                 for name, (true, _) in zip(asked, present, strict=False)
             ]
-        questions = [_pick(templates.SHORT_QUESTION, rng).format(class_name=name) for name in asked]
+        questions = [pick(templates.SHORT_QUESTION, rng).format(class_name=name) for name in asked]
         return Sample(
             image_path=str(content.path),
             image=image,
@@ -248,9 +248,11 @@ class SemSegTraining:
         )
 
 
-def _choose(items: Sequence, count: int, rng: np.random.Generator) -> list:
+def choose(items: Sequence, count: int, rng: np.random.Generator) -> list:
+    """`count` different items, or all if there are fewer, in a random order."""
     return [items[i] for i in rng.choice(len(items), min(count, len(items)), replace=False)]
 
 
-def _pick(pool: Sequence[str], rng: np.random.Generator) -> str:
+def pick(pool: Sequence[str], rng: np.random.Generator) -> str:
+    """One sentence of a pool."""
     return pool[rng.integers(len(pool))]

@@ -1,5 +1,6 @@
 """Readers of ReasonSeg and the refer family: the original's trees, the mini world's, broken ones, and the mixture."""
 
+import hashlib
 import json
 import pickle
 
@@ -11,7 +12,7 @@ from dataset import build_eval, build_train, templates
 from dataset.mini.write import write_all
 from dataset.mixture import Mixture
 from dataset.reason_seg import draw_mask, read_annotation
-from dataset.refer_api import Refer, read_pickle
+from dataset.refer_api import SPLIT_BY, Refer, read_pickle
 from dataset.refer_seg import answer
 
 E2E = [f / "e2e" for f in golden_dirs() if (f / "e2e/dataset").is_dir()]
@@ -163,23 +164,26 @@ def test_semantic_samples_ask_deny_and_correct(mini):
 
 
 def test_the_other_referring_sets(mini):
-    for name in ("refclef", "refcoco+", "refcocog", "R-refcoco"):
-        family = "neg_refer_seg" if name.startswith("R-") else "refer_seg"
+    kinds = {"R-": "neg_refer_seg", "fp": "correct_refer_seg"}
+    for name in SPLIT_BY:
+        family = kinds.get(name[:2], "refer_seg")
         mixture = build_train([family], [1], mini, **{f"{family}_data": name}, num_classes_per_sample=4)
         samples = [mixture.sample(0, i) for i in range(12)]
         assert {sample.meta["dataset"] for sample in samples} == {name}
         texts = [text for sample in samples for text in sample.questions]
-        assert any("of the" in text or "most" in text for text in texts) == (name != "refcoco+")
+        if family != "correct_refer_seg":  # false premises speak of places in every set
+            assert any("of the" in text or "most" in text for text in texts) == (not name.endswith("+"))
         replies = [(reply, there) for s in samples for ((_, reply),), there in zip(s.conversations, s.exists, strict=True)]
         assert all(("[SEG]" in reply) == there for reply, there in replies)
-        assert all(there for _, there in replies) == (name != "R-refcoco")
+        assert all(there for _, there in replies) == (family == "refer_seg")
 
 
 def test_what_is_missing_is_named_at_once_and_left_out_only_if_allowed(mini, tmp_path, caplog):
     from shutil import copytree, rmtree
 
     mini = copytree(mini, tmp_path / "mini")
-    rmtree(mini / "refer_seg/refclef")
+    for name in ("refclef", "R-refcoco+"):
+        rmtree(mini / "refer_seg" / name)
     flags = {"sem_seg_data": "ade20k", "refer_seg_data": "refclef||refcoco", "neg_refer_seg_data": "R-refcoco+"}
     families = ["sem_seg", "refer_seg", "neg_refer_seg"]
     with pytest.raises(FileNotFoundError, match="(?s)refer_seg, refclef: .*neg_refer_seg, R-refcoco[+]: "):
@@ -262,7 +266,7 @@ def test_rates_are_kept_and_checked(mini):
 
 def test_missing_files_are_named(mini, tmp_path):
     with pytest.raises(FileNotFoundError, match="instances.json|refs"):
-        build_eval("R-refcocog", "val", mini)
+        build_eval("R-refcocog", "val", tmp_path)
     with pytest.raises(FileNotFoundError, match="ReasonSeg/val"):
         build_eval("ReasonSeg", "val", tmp_path)
     with pytest.raises(ValueError, match="nosuch"):
@@ -333,6 +337,14 @@ def test_templates_have_their_numbers_and_roles():
     assert sum("{class_name}" in text for text in templates.SHORT_ANSWER) == 50
     assert sum("{class_name}" in text for text in templates.NEG_ANSWER) == 76
     assert all("{class_name}" in text and "{gt_name}" in text for text in templates.CORRECT_ANSWER)
+
+
+def test_templates_stay_as_they_are():
+    """Results are comparable as long as the sentences are the same: who changes one changes this too, and says so."""
+    pools = {name: value for name, value in vars(templates).items() if name.isupper()}
+    assert len(pools) == 9
+    digest = hashlib.sha256(json.dumps(pools, sort_keys=True).encode()).hexdigest()
+    assert digest.startswith("9cf198dae97ccc25")
     assert all("{sent}" in text for text in templates.LONG_QUESTION)
 
 
@@ -363,21 +375,24 @@ def test_check_counts_what_is_there(mini, capsys):
     assert rows["llava_instruct_150k", "train"][:2] == [1, 1]
     assert rows["paco_lvis", "train"][2] > rows["pascal_part", "train"][0]
     told = [" ".join(line) for line in lines]
-    assert any(line.startswith("missing R-refcocog:") and "refs(umd_exclude_unified).p" in line for line in told)
+    assert not any(line.startswith("missing") for line in told)
     assert "trains refer_seg: refclef, refcoco, refcoco+, refcocog" in told
 
 
 def test_check_says_what_is_missing_and_broken(mini, tmp_path, capsys):
-    from shutil import copytree
+    from shutil import copytree, rmtree
 
     from dataset.check import main
 
-    assert main(["--dataset_dir", str(mini), "--dataset", "neg_refer_seg"]) == 1  # asked for, and not all there
     assert main(["--dataset_dir", str(tmp_path)]) == 1
     assert "trains   nothing" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no data set 'grefcoco'"):
         main(["--dataset_dir", str(mini), "--dataset", "grefcoco"])
     copy = copytree(mini, tmp_path / "copy")
+    rmtree(copy / "refer_seg/R-refcocog")
+    assert main(["--dataset_dir", str(copy), "--dataset", "neg_refer_seg"]) == 1  # asked for, and not all there
+    out = capsys.readouterr().out
+    assert "missing  R-refcocog:" in out and "refs(umd_exclude_unified).p" in out
     note = next((copy / "reason_seg/ReasonSeg/val").glob("*.json"))
     note.write_text('{"text": "Where?"}')
     refer = Refer(copy, "refcoco")

@@ -17,7 +17,10 @@ def main() -> None:
     write_all(args.out, args.seed, args.train, args.val, args.test)
     pictures = len(list(args.out.rglob("*.jpg")))
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6
-    print(f"wrote {args.out}: {pictures} pictures, {size:.0f} MB (ReasonSeg, RefCOCO, FP-RefCOCO, LLaVA-Instruct, semantic sets)")
+    print(
+        f"wrote {args.out}: {pictures} pictures, {size:.0f} MB "
+        "(ReasonSeg, RefCOCO, FP-RefCOCO, LLaVA-Instruct, semantic sets, own data)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Writes the mini world in the formats of ReasonSeg, RefCOCO, FP-RefCOCO, LLaVA-Instruct and the semantic sets (§2).
+"""Writes the mini world in the formats of ReasonSeg, RefCOCO, FP-RefCOCO, LLaVA-Instruct, the semantic sets (§2) and own data.
 
     reason_seg/ReasonSeg/{train,val,test}/*.jpg + *.json
-    refer_seg/{refcoco,fprefcoco}/{instances.json, refs(<splitBy>).p}, and small refclef, refcoco+, refcocog, R-refcoco
+    refer_seg/{refcoco,fprefcoco}/{instances.json, refs(<splitBy>).p}, and all others of the family, small
     refer_seg/images/mscoco/images/train2014/COCO_train2014_*.jpg, refer_seg/images/saiapr_tc-12/*/images/*.jpg
     llava_dataset/llava_instruct_150k.json, coco/train2017/*.jpg
     ade20k, cocostuff, mapillary (label maps), vlpart/{pascal_part,paco} (objects and parts)
+    own/{table,coco,labelme}: own data in its three forms (dataset/own.py)
 
 The same bytes for the same seed. Training scenes use the training photographs, all others the test photographs, and every
 split has seeds of its own.
@@ -12,6 +13,7 @@ split has seeds of its own.
 
 from __future__ import annotations
 
+import csv
 import json
 import pickle
 from collections.abc import Callable
@@ -31,7 +33,10 @@ IGNORE_SHARE = 0.2
 """ReasonSeg files that leave one other thing out of the measure."""
 CATEGORIES = {name: i + 1 for i, name in enumerate(NAMES)}
 SPLITS = ("train", "val", "test", "testA", "testB")
-FAMILIES = ("reason_seg", "refcoco", "fprefcoco", "vqa", "sem_seg", "refclef", "refcoco+", "refcocog", "R-refcoco")
+FAMILIES = (
+    "reason_seg", "refcoco", "fprefcoco", "vqa", "sem_seg", "refclef", "refcoco+", "refcocog", "R-refcoco",
+    "own/table", "own/coco", "own/labelme", "R-refcoco+", "R-refcocog", "fprefcoco+", "fprefcocog",
+)  # fmt: skip  # fmt: skip
 
 
 def _rng(seed: int, family: str, split: str, number: int) -> np.random.Generator:
@@ -180,9 +185,9 @@ def _annotation(thing: world.Thing, image_id: int, number: int, rng: np.random.G
 def _said(scene: world.Scene, rng: np.random.Generator, family: str) -> list[world.Expression]:
     """What a set says of a scene: RefCOCO+ speaks of no places, RefCOCOg at length."""
     found = world.expressions(scene, rng)
-    if family == "refcoco+":
+    if family.endswith("refcoco+"):
         return [e for e in found if e.kind not in ("extreme", "relation")]
-    return [e for e in found if len(e.text.split()) > 2] if family == "refcocog" else found
+    return [e for e in found if len(e.text.split()) > 2] if family.endswith("refcocog") else found
 
 
 def _with_false_premises(
@@ -298,6 +303,79 @@ def _write_parts(root: Path, seed: int, count: int, name: str) -> None:
     file.write_text(json.dumps(content) + "\n")
 
 
+# ------------------------------------------------------------------------------------------------ own data
+
+
+def write_own(root: Path, seed: int, counts: dict[str, int]) -> None:
+    """`counts` pictures a split in each of the three forms of own data."""
+    _write_table(root / "own/table", seed, counts)
+    _write_coco(root / "own/coco", seed, counts)
+    for split, count in counts.items():
+        folder = root / "own/labelme" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            rng = _rng(seed, "own/labelme", split, number)
+            scene = _scene(rng, split, lambda scene: True)
+            labels = [f"{thing.colour} {thing.name}" for thing in scene.things]
+            if len(labels) > 3:  # somebody could not tell what this is
+                labels[-1] = "__ignore__"
+            shapes = [_shape(label, outline) for label, thing in zip(labels, scene.things, strict=True)
+                      for outline in polygons(thing.mask)]  # fmt: skip
+            content = {"version": "5.4.1", "flags": {}, "shapes": shapes, "imagePath": f"{number:04d}.jpg", "imageData": None,
+                       "imageHeight": scene.image.shape[0], "imageWidth": scene.image.shape[1]}  # fmt: skip
+            _write_jpeg(folder / f"{number:04d}.jpg", scene.image)
+            (folder / f"{number:04d}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _write_table(folder: Path, seed: int, counts: dict[str, int]) -> None:
+    """questions.csv: phrases, questions that need a step, false premises with their correction or their answer."""
+    for made in ("pictures", "masks"):
+        (folder / made).mkdir(parents=True, exist_ok=True)
+    columns = ("image", "mask", "question", "is_sentence", "answer", "correction", "split")
+    rows: list[dict] = []
+    for split, count in counts.items():
+        for number in range(count):
+            rng = _rng(seed, "own/table", split, number)
+            scene = _scene(rng, split, lambda scene: bool(world.expressions(scene, np.random.default_rng(0))))
+            image = f"pictures/{split}_{number:04d}.jpg"
+            _write_jpeg(folder / image, scene.image)
+            asked = [(e.text, False, [e.target]) for e in world.expressions(scene, rng)[:2]]
+            asked += [(r.text, r.is_sentence, r.targets) for r in world.reasoning(scene, rng)[:1]]
+            for i, (text, is_sentence, targets) in enumerate(asked):
+                mask = f"masks/{split}_{number:04d}_{i}.png"
+                shown = np.any([scene.things[target].mask for target in targets], axis=0)
+                Image.fromarray(shown.astype(np.uint8) * 255).save(folder / mask)
+                rows.append({"image": image, "mask": mask, "question": text, "is_sentence": is_sentence, "split": split})
+            rows += [{"image": image, "question": false.text, "correction": false.correction, "split": split}
+                     for false in world.false_premises(scene, rng)[:1]]  # fmt: skip
+            rows += [{"image": image, "question": text, "is_sentence": is_sentence, "answer": answer, "split": split}
+                     for text, is_sentence, answer in world.false_reasoning(scene, rng)[:1]]  # fmt: skip
+    with (folder / "questions.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_coco(folder: Path, seed: int, counts: dict[str, int]) -> None:
+    """instances_<split>.json beside `images`."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for split, count in counts.items():
+        content: dict[str, list] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": number, "name": name} for name, number in CATEGORIES.items()],
+        }
+        for number in range(count):
+            rng = _rng(seed, "own/coco", split, number)
+            scene = _scene(rng, split, lambda scene: True)
+            file_name, (height, width) = f"{split}_{number:04d}.jpg", scene.image.shape[:2]
+            _write_jpeg(folder / "images" / file_name, scene.image)
+            content["images"].append({"id": number + 1, "file_name": file_name, "height": height, "width": width})
+            for thing in scene.things:
+                content["annotations"].append(_annotation(thing, number + 1, len(content["annotations"]) + 1, rng))
+        (folder / f"instances_{split}.json").write_text(json.dumps(content) + "\n")
+
+
 def write_all(root: Path, seed: int = 0, train: int = 600, val: int = 80, test: int = 60) -> None:
     """The whole data folder."""
     write_reason_seg(root, seed, {"train": train // 2, "val": val, "test": test})
@@ -306,7 +384,8 @@ def write_all(root: Path, seed: int = 0, train: int = 600, val: int = 80, test: 
     )
     after = write_refer(root, seed, "fprefcoco", {"train": train, "val": val}, first_image=after)
     few = {"train": max(train // 20, 4), "val": max(val // 4, 1)}
-    for family in ("refclef", "refcoco+", "refcocog", "R-refcoco"):
+    for family in (f for f in FAMILIES if f in SPLIT_BY and f not in ("refcoco", "fprefcoco")):
         after = write_refer(root, seed, family, few, first_image=after)
     write_vqa(root, seed, train // 6)
     write_sem_seg(root, seed, max(train // 20, 1))
+    write_own(root, seed, {"train": 12, "val": 6})
