@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from . import checkpoint, llava, losses, sam, sasp
 from .config import READConfig
+from .sam_cache import SamFeatureCache, obstacle
 
 
 @dataclasses.dataclass
@@ -44,6 +45,13 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.mask_logits)
+
+    def split(self, count: int) -> tuple[Segments, Segments]:
+        """The first `count` entries, and the rest."""
+        return tuple(
+            Segments(*(getattr(self, field.name)[part] for field in dataclasses.fields(self)))
+            for part in (slice(count), slice(count, None))
+        )
 
     def of_question(self, row: int) -> list[int]:
         """Indices of the entries of one question, in the order of its [SEG] tokens."""
@@ -83,6 +91,8 @@ class READForCausalLM(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    even_calls = False
+    """Set where processes split the weights among them: every training forward then calls each part equally often."""
 
     def __init__(self, config: READConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config)
@@ -92,6 +102,7 @@ class READForCausalLM(PreTrainedModel):
         self.text_hidden_fcs = nn.ModuleList(
             [nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.sam.out_dim), nn.Dropout(0.0))]
         )
+        self.sam_cache: SamFeatureCache | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> READForCausalLM:
@@ -114,6 +125,16 @@ class READForCausalLM(PreTrainedModel):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recomputes the language model's activations in the backward pass."""
         self.llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def cache_sam_features(self, folder: str | Path) -> None:
+        """Takes SAM's image features from `folder` from now on, and puts them there. See `model.sam_cache`.
+
+        Raises:
+            ValueError: SAM's image encoder is not frozen, or split among processes.
+        """
+        if reason := obstacle(self.sam.image_encoder):
+            raise ValueError(f"SAM features cannot be cached: {reason}")
+        self.sam_cache = SamFeatureCache(folder)
 
     # -------------------------------------------------------------------------------------------- teacher-forced
 
@@ -156,17 +177,18 @@ class READForCausalLM(PreTrainedModel):
             inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=places, use_cache=False
         ).last_hidden_state
         question, position = llava.seg_positions(input_ids, self.config.seg_token_id)
-        pictures = (sam_images, sam_sizes, original_sizes, image_of_question, compat == "released")
-        segments = self._segment(hidden, input_ids, question, position, *pictures)
+        count = len(question)
+        if labels is not None:
+            extra = self._stand_ins(question, image_of_question)
+            question = torch.cat([question, extra])
+            position = torch.cat([position, torch.full_like(extra, hidden.shape[1] - 1)])
+        segments, stand_ins = self._segment(
+            hidden, input_ids, question, position, sam_images, sam_sizes, original_sizes, image_of_question,
+            released_rows=compat == "released",
+        ).split(count)  # fmt: skip
         output = READOutput(segments=segments)
         if labels is None:
             return output
-        stand_in = None
-        if len(segments) == 0:
-            # Without any [SEG] the mask branch would get no gradient, and ZeRO's ranks, which reduce gradients in the order
-            # in which they arrive, would wait for each other. So one is drawn here, where it would be, and counts nothing.
-            first = torch.zeros(1, dtype=torch.long, device=hidden.device)
-            stand_in = self._segment(hidden, input_ids, first, first + hidden.shape[1] - 1, *pictures)
         weights = self.config.loss
         output.ce_loss = losses.answer_loss(hidden, labels, self.llava.lm_head)
         found = losses.mask_losses(segments.mask_logits, masks)
@@ -177,9 +199,24 @@ class READForCausalLM(PreTrainedModel):
                 segments.similarity, masks, self.config.hidden_size, self.config.clip_image_size
             )
             output.loss = output.loss + weights.sim * output.sim_loss
-        if stand_in is not None:
-            output.loss = output.loss + 0 * stand_in.mask_logits[0].sum()
+        for logits in stand_ins.mask_logits:
+            output.loss = output.loss + 0 * logits.sum()
         return output
+
+    def _stand_ins(self, question: torch.Tensor, image_of_question: torch.Tensor) -> torch.Tensor:
+        """Questions (n,) in whose last state a mask is drawn that counts nothing, so that processes stay in step.
+
+        Without any [SEG] in a batch the mask branch would get no gradient, and ZeRO's processes, which reduce gradients in
+        the order in which they arrive, would wait for each other: then the first question stands in. Where weights are
+        split (ZeRO-3, `even_calls`), all must call SAM equally often: then every picture without a [SEG] has a stand-in.
+        """
+        if self.even_calls:
+            shown = set(image_of_question[question].tolist())
+            first = {image: row for row, image in reversed(list(enumerate(image_of_question.tolist())))}
+            rows = [row for image, row in sorted(first.items()) if image not in shown]
+        else:
+            rows = [0] if len(question) == 0 else []
+        return torch.tensor(rows, dtype=torch.long, device=question.device)
 
     # -------------------------------------------------------------------------------------------- generation
 
@@ -318,8 +355,12 @@ class READForCausalLM(PreTrainedModel):
 
     def encode_sam_image(self, sam_images: torch.Tensor) -> torch.Tensor:
         """SAM image embeddings (B, C, h, w) of (B, 3, S, S); without a graph, since the encoder never trains (§3)."""
+        encoder = self.sam.image_encoder
+        sam_images = sam_images.to(encoder.pos_embed.dtype)
+        if self.sam_cache is not None:
+            return self.sam_cache.encode(encoder, sam_images)
         with torch.no_grad():
-            return self.sam.image_encoder(sam_images.to(self.sam.image_encoder.pos_embed.dtype))
+            return encoder(sam_images)
 
     def _decode_image(
         self,
