@@ -2,6 +2,7 @@
 
     python test_read.py --version runs/mini/merged --data "ReasonSeg|val" "refcoco|val"              answers forced
     python test_read.py --version runs/mini/merged --data "fprefcoco|val" --protocol generate        answers generated
+    python test_read.py --version runs/mini/merged --data "mydata|val"                               own data (dataset/own.py)
 
 Under `torchrun` or `deepspeed` each process takes an exact share of the pictures. The two protocols are not comparable:
 `forced` puts the answer with its [SEG] into the prompt, `generate` lets the model answer (protocol §5).
@@ -28,7 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--data", nargs="+", default=["ReasonSeg|val"], metavar="NAME|SPLIT",
-        help="data sets with their splits: ReasonSeg|val, refcoco|testA, fprefcoco|val, ... (default: ReasonSeg|val)",
+        help="data sets with their splits: ReasonSeg|val, refcoco|testA, fprefcoco|val, ..., or the path of own data for the "
+        "name (default: ReasonSeg|val)",
     )  # fmt: skip
     parser.add_argument("--dataset_dir", default="data/mini", help="data folder (default: data/mini)")
     parser.add_argument("--protocol", choices=("forced", "generate"), default="forced")
@@ -44,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures ahead")
     parser.add_argument("--limit", type=int, help="only the first pictures of each data set; the result says so")
     parser.add_argument("--out", type=Path, default=Path("runs/test"), help="folder of results.json and predictions")
+    parser.add_argument("--cache_dir", help="keep SAM's features of every picture here, and take them from here the next time")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # from the deepspeed launcher
     add_model_flags(parser)
     return parser
@@ -83,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
             preset=options.preset,
         ).to(world.device)
         configure_sasp(model.config, options)
+        if options.cache_dir:
+            model.requires_grad_(False)
+            model.cache_sam_features(options.cache_dir)
     except (OSError, ValueError) as error:  # CheckpointError is a ValueError
         raise SystemExit(f"test_read.py: {one_line(error)}") from error
     options.out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             scores = evaluate(
                 model, processor, samples, protocol=options.protocol, compat=options.compat, conv_type=options.conv_type,
                 rank=world.rank, world=world.size, max_new_tokens=options.max_new_tokens,
-                predictions_path=options.out / f"predictions_{name}_{split}.jsonl", chunk=options.chunk,
+                predictions_path=options.out / f"predictions_{Path(name).name}_{split}.jsonl", chunk=options.chunk,
                 workers=options.workers,
             )  # fmt: skip
         except (OSError, ValueError) as error:  # a picture or an annotation that is missing or damaged

@@ -3,6 +3,7 @@
     python train_read.py --preset mini                              one process, with or without a GPU
     deepspeed --num_gpus 8 train_read.py --preset read-7b-val ...   one process a GPU (on a CPU: processes over gloo)
     python train_read.py --preset mini --eval_only                  validation alone: no training data, no optimiser
+    python train_read.py --preset mini --dry_run                    settings, what trains, data and memory; trains nothing
 
 DeepSpeed ZeRO-2 with the published settings (protocol §3). A run lives in LOG_BASE_DIR/EXP_NAME:
 
@@ -10,11 +11,15 @@ DeepSpeed ZeRO-2 with the published settings (protocol §3). A run lives in LOG_
     log.jsonl, events.*    losses and scores: as JSON lines, and for TensorBoard
     ckpt_model/    DeepSpeed checkpoints `step<N>`: the last and the best, no others
     best.json      which of them is the best (by cIoU), and its scores
+
+Started again with --auto_resume, a run goes on from its last checkpoint and ends with the numbers of one that was never
+interrupted: the order of the data is a function of (seed, epoch, index), dropout of (seed, forward pass, rank).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -27,11 +32,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.args import CONFIG_NAME, TrainArgs, parse_flags
-from utils.cli import plain_errors
+from utils.cli import plain_errors, torch_dtype
+from utils.engine import has_checkpoint
 
 if TYPE_CHECKING:
-    import torch
-
     from model import READForCausalLM, READProcessor
     from utils.distributed import World
     from utils.runlog import RunLog
@@ -45,10 +49,15 @@ def main(argv: list[str] | None = None) -> None:
     given = parse_flags(argv)  # `--help` ends here, before anything heavy is imported
     from model import get_preset
     from utils import distributed
+    from utils.engine import build_engine
     from utils.runlog import RunLog, setup_logging
 
     with plain_errors("train_read.py"):
         args = TrainArgs.resolve(given, get_preset(given["preset"]) if given.get("preset") else None)
+    if args.dry_run:
+        with plain_errors("train_read.py"):
+            dry_run(args)
+        return
     world = distributed.start(engine=not args.eval_only)
     if args.precision == "fp16" and world.device.type == "cpu" and not args.eval_only:
         raise SystemExit(
@@ -66,11 +75,10 @@ def main(argv: list[str] | None = None) -> None:
             validate(args, model, processor, val_data, world, log, step=0)
             return
         make_run_folder(args, model, world)
-        log = RunLog(args.run_dir, world.is_main)
         engine = build_engine(args, model)
         with plain_errors("train_read.py"):
-            resume(args, engine, log)
-        distributed.seed_everything(args.seed + 1000 * engine.global_steps + world.rank)  # dropout differs by rank
+            resume(args, engine, world, log)
+        log = RunLog(args.run_dir, world.is_main, engine.global_steps, args.exp_name if args.use_wandb else None)
         train(args, engine, processor, build_loader(args, train_data, processor, world), val_data, world, log)
     finally:
         log.close()
@@ -84,7 +92,7 @@ def check_run_folder(args: TrainArgs) -> None:
     """Refuses to mix two runs in one folder, and to continue with a model of another shape or onto another base."""
     if args.eval_only:
         return
-    found = (args.run_dir / "ckpt_model" / "latest").is_file()
+    found = has_checkpoint(args.run_dir / "ckpt_model")
     source = Path(args.resume) if args.resume else args.run_dir
     continued = args.auto_resume or (args.resume is not None and source.resolve() == args.run_dir.resolve())
     if found and not (args.overwrite or continued):
@@ -103,7 +111,10 @@ def check_run_folder(args: TrainArgs) -> None:
             )
     if args.resume or (args.auto_resume and found):
         before = TrainArgs.load(source)
-        names = ("version", "precision", "lora_r", "lora_alpha", "lora_target_modules", "train_mask_decoder")
+        names = (
+            "version", "precision", "load_in_4bit", "load_in_8bit", "zero_stage", "lora_r", "lora_alpha",
+            "lora_target_modules", "train_mask_decoder",
+        )  # fmt: skip
         changed = [
             f"--{name} was {getattr(before, name)!r}, is {getattr(args, name)!r}"
             for name in names
@@ -113,8 +124,41 @@ def check_run_folder(args: TrainArgs) -> None:
             raise ValueError(f"the checkpoint of {source} does not fit these settings:\n" + "\n".join(changed))
 
 
+def dry_run(args: TrainArgs) -> None:
+    """Prints what a run would be: settings, what trains, data, memory. Loads no weights and needs no process group."""
+    import torch
+
+    from model import add_lora, memory, set_trainable
+    from model.lora import trainable_report
+
+    print(json.dumps(dataclasses.asdict(args), indent=1))
+    config, source = memory.base_config(args.version, args.vision_tower, args.vision_pretrained)
+    args.configure(config)
+    model = memory.on_meta(config, torch_dtype(args.precision), args.attn_implementation)
+    add_lora(model, **args.lora())
+    set_trainable(model, args.train_mask_decoder)
+    print(f"\nwhat trains ({source})\n{trainable_report(model)}")
+    shape = memory.StepShape(
+        pictures=args.batch_size,
+        questions=args.batch_size * args.num_classes_per_sample,
+        tokens=min(args.model_max_length, config.num_patches + memory.TOKENS_BESIDE_IMAGE),
+    )
+    card = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
+    print(f"\n{memory.table(model, shape, args.quantized, args.bucket_size, card)}")
+    print("\ndata")
+    try:
+        mixture, val_data = open_data(args)
+        for (name, rate), members in zip(args.mixture(), mixture.sets, strict=True):
+            print(f"{name:<22}{len(members):>9} pictures, rate {rate:g}")
+        if val_data is not None:
+            print(f"{args.val_dataset + '|' + args.val_split:<22}{len(val_data):>9} pictures to validate on")
+    except (OSError, ValueError) as error:  # what is missing is part of the answer, not the end of it
+        print(f"this would not start: {error}")
+
+
 def make_run_folder(args: TrainArgs, model: READForCausalLM, world: World) -> None:
     """The run's folder, with the settings and with what trains; a run that is not continued leaves nothing behind."""
+    from model.checkpoint import fingerprint
     from model.lora import trainable_report
     from utils import distributed
 
@@ -123,11 +167,12 @@ def make_run_folder(args: TrainArgs, model: READForCausalLM, world: World) -> No
     if world.is_main:
         if args.overwrite and run.exists():
             shutil.rmtree(run)
-        if not (run / "ckpt_model" / "latest").is_file():
+        if not has_checkpoint(run / "ckpt_model"):
             for stale in [*run.glob("log.jsonl"), *run.glob("events.*"), *run.glob("best.json")]:
                 stale.unlink()  # of a run that ended before its first checkpoint
         run.mkdir(parents=True, exist_ok=True)
-        args.save(run / CONFIG_NAME, command=sys.argv, world_size=world.size, versions=package_versions())
+        base = fingerprint(args.version)  # merging refuses another base
+        args.save(run / CONFIG_NAME, command=sys.argv, world_size=world.size, versions=package_versions(), base=base)
         (run / "trainable.txt").write_text(trainable_report(model) + "\n")
     distributed.barrier()
 
@@ -155,6 +200,8 @@ def open_data(args: TrainArgs) -> tuple[Any, Any]:
             correct_refer_seg_data=args.correct_refer_seg_data,
             vqa_data=args.vqa_data,
             reason_seg_data=args.reason_seg_data,
+            reason_seg_ignore=args.reason_seg_ignore,
+            own_data=args.own_data,
             allow_missing=args.allow_missing,
         )
     if args.eval_only or not args.no_eval:
@@ -169,16 +216,9 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")}
 
 
-def torch_dtype(precision: str) -> torch.dtype:
-    """bf16, fp16 or fp32 as torch calls them."""
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-
-
 def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCausalLM, READProcessor]:
     """The base with this run's SasP and loss; for training with LoRA on, frozen and freed parts reported."""
-    from model import READForCausalLM, READProcessor, add_lora, set_trainable
+    from model import READForCausalLM, READProcessor, add_lora, quantize_language_model, set_trainable
 
     model = READForCausalLM.from_pretrained(
         args.version,
@@ -195,63 +235,20 @@ def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCaus
             f"{model.config.num_patches + 60} tokens or so, so that answers would be cut off and not learnt"
         )
     log.say(f"base: {args.version}, {args.precision}, {model.config.sasp}")
+    if args.quantized:
+        quantize_language_model(model, args.quantized, world.device)
+    model.even_calls = args.zero_stage == 3
     if not args.eval_only:
         add_lora(model, **args.lora())
         set_trainable(model, args.train_mask_decoder)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
+    else:
+        model.requires_grad_(False)
+    if args.cache_dir:
+        model.cache_sam_features(args.cache_dir)
     return model.to(world.device), processor
-
-
-def build_engine(args: TrainArgs, model: READForCausalLM) -> Any:
-    """The DeepSpeed engine; only what trains is handed to the optimiser."""
-    import deepspeed
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    config = deepspeed_config(args, sum(parameter.numel() for parameter in trained))
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
-    return engine
-
-
-def deepspeed_config(args: TrainArgs, trained: int) -> dict[str, Any]:
-    """ZeRO-2, AdamW and WarmupDecayLR as published (§3). `trained` elements: a larger bucket would be waste."""
-    bucket = min(args.bucket_size, trained)
-    return {
-        "train_micro_batch_size_per_gpu": args.batch_size,
-        "gradient_accumulation_steps": args.grad_accumulation_steps,
-        "gradient_clipping": 1.0,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": args.lr,
-                "betas": (args.beta1, args.beta2),
-                "weight_decay": 0.0,
-                "torch_adam": True,  # the same numbers as DeepSpeed's own, which needs a compiler at run time
-            },
-        },
-        "scheduler": {
-            "type": "WarmupDecayLR",
-            "params": {
-                "total_num_steps": args.epochs * args.steps_per_epoch,
-                "warmup_min_lr": 0,
-                "warmup_max_lr": args.lr,
-                "warmup_num_steps": args.warmup_steps,
-                "warmup_type": "linear",
-            },
-        },
-        "bf16": {"enabled": args.precision == "bf16"},
-        "fp16": {"enabled": args.precision == "fp16"},
-        "zero_optimization": {
-            "stage": 2,
-            "contiguous_gradients": True,
-            "overlap_comm": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "steps_per_print": sys.maxsize,
-    }
 
 
 class EpochSampler:
@@ -320,21 +317,27 @@ def train(
     args: TrainArgs, engine: Any, processor: READProcessor, loader: Any, val_data: Any, world: World, log: RunLog
 ) -> None:
     """Epochs of training, each followed by validation and a checkpoint, until the steps or the time are used up."""
-    budget = Budget(args, world)
-    best, checkpoints = read_best(args.run_dir), args.run_dir / "ckpt_model"
-    over = budget.steps_spent(engine.global_steps)
+    budget, step = Budget(args, world), engine.global_steps
+    if (args.run_dir / "ckpt_model" / f"step{step}").is_dir() and is_measured_after(args, step):
+        if (read_best(args.run_dir) or {}).get("measured_step") != step:  # it was stopped between saving and measuring
+            measure(args, engine, processor, val_data, world, log)
+    over = budget.steps_spent(step)
     while not over:
         train_epoch(args, engine, loader, budget, world, log)
-        tag = f"step{engine.global_steps}"  # saved before it is measured: a failing validation costs no epoch
-        engine.save_checkpoint(str(checkpoints), tag=tag, exclude_frozen_parameters=not args.save_frozen)
-        scores = None
-        if val_data is not None:
-            scores = validate(args, engine.module, processor, val_data, world, log, engine.global_steps)
-        best = keep_best(args, tag, engine.global_steps, scores, best, world, log)
         over = budget.spent(engine.global_steps)
+        save(args, engine, world)  # before it is measured: a failing validation costs no epoch
+        measure(args, engine, processor, val_data, world, log)
+    best = read_best(args.run_dir)
+    if engine.module.sam_cache is not None:
+        log.say(str(engine.module.sam_cache))
     log.say(
         f"done: {engine.global_steps} steps in {budget.elapsed():.0f} s; best checkpoint {best['tag'] if best else '-'}"
     )
+
+
+def is_measured_after(args: TrainArgs, step: int) -> bool:
+    """True where an epoch ends."""
+    return step > 0 and step % args.steps_per_epoch == 0
 
 
 class Budget:
@@ -374,7 +377,8 @@ class Budget:
 
 
 def train_epoch(args: TrainArgs, engine: Any, loader: Any, budget: Budget, world: World, log: RunLog) -> None:
-    """Trains to the end of the epoch that the engine is in, or until the budget is spent."""
+    """Trains to the end of the epoch that the engine is in, or until the budget is spent; saves every --save_every steps."""
+    import torch
     from tqdm import tqdm
 
     from utils.runlog import Averages
@@ -393,7 +397,9 @@ def train_epoch(args: TrainArgs, engine: Any, loader: Any, budget: Budget, world
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )
     with contextlib.closing(bar):
-        for batch in loader:
+        for number, batch in enumerate(loader, start=engine.global_steps * args.grad_accumulation_steps):
+            # Dropout is a function of the forward pass and the rank, so it needs no state to be resumed.
+            torch.manual_seed((args.seed * 1_000_003 + number) * world.size + world.rank)
             batch = batch.to(world.device, dtype)
             output = engine(**batch.model_inputs())
             values = check_finite(output, batch, engine.global_steps)
@@ -421,6 +427,8 @@ def train_epoch(args: TrainArgs, engine: Any, loader: Any, budget: Budget, world
                 recent.reset()
             if budget.spent(step):
                 break
+            if args.save_every and step % args.save_every == 0 and not is_measured_after(args, step):
+                save(args, engine, world)
     means = mean_over_ranks(whole, world)
     log.say(f"step {engine.global_steps}: mean of the epoch " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))
 
@@ -479,62 +487,52 @@ def read_best(run: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def keep_best(
-    args: TrainArgs, tag: str, step: int, scores: dict[str, Any] | None, best: dict[str, Any] | None, world: World,
-    log: RunLog,
-) -> dict[str, Any]:  # fmt: skip
-    """Points best.json to the new checkpoint `tag` if its cIoU is the best, then deletes all but last and best.
+def save(args: TrainArgs, engine: Any, world: World) -> None:
+    """A checkpoint of this step; of the older ones the best is kept."""
+    from utils.engine import prune, save_checkpoint
 
-    Nothing old goes before the new is complete. Without validation the last is the best. Returns the best's record.
+    folder, best = args.run_dir / "ckpt_model", read_best(args.run_dir)
+    tag = save_checkpoint(engine, folder, world, args.save_frozen)
+    prune(folder, {tag, best["tag"] if best else tag}, world)
+
+
+def measure(
+    args: TrainArgs, engine: Any, processor: READProcessor, val_data: Any, world: World, log: RunLog
+) -> None:
+    """Validates the checkpoint of this step and points best.json to it if its cIoU is the best so far.
+
+    Without validation the last is the best.
     """
-    from utils import distributed
+    from utils.engine import prune
 
-    folder = args.run_dir / "ckpt_model"
-    ciou = scores["ciou"] if scores else None
-    record = {
-        "tag": tag,
-        "step": step,
-        "ciou": ciou,
-        "giou": scores["giou"] if scores else None,
-        "val_dataset": f"{args.val_dataset}|{args.val_split}" if scores else None,
-        "protocol": "forced" if scores else None,
-    }
+    step, best, folder = engine.global_steps, read_best(args.run_dir), args.run_dir / "ckpt_model"
+    scores = validate(args, engine.module, processor, val_data, world, log, step) if val_data is not None else {}
+    ciou, tag = scores.get("ciou"), f"step{step}"
     if ciou is None or best is None or best["ciou"] is None or not ciou <= best["ciou"]:
-        best = record
+        best = {
+            "tag": tag,
+            "step": step,
+            "ciou": ciou,
+            "giou": scores.get("giou"),
+            "val_dataset": f"{args.val_dataset}|{args.val_split}" if scores else None,
+            "protocol": "forced" if scores else None,
+        }
         log.say(f"checkpoint {folder / tag}: the best so far" if scores else f"checkpoint {folder / tag}")
     if world.is_main:
         partial = args.run_dir / "best.json.partial"
-        partial.write_text(json.dumps(best, indent=2) + "\n")
+        partial.write_text(json.dumps({**best, "measured_step": step}, indent=2) + "\n")
         partial.replace(args.run_dir / "best.json")
-        for old in folder.glob("step*"):
-            if old.name not in (tag, best["tag"]):
-                shutil.rmtree(old)
-    distributed.barrier()
-    return best
+    prune(folder, {tag, best["tag"]}, world)
 
 
-def resume(args: TrainArgs, engine: Any, log: RunLog) -> None:
+def resume(args: TrainArgs, engine: Any, world: World, log: RunLog) -> None:
     """Continues from --resume's last checkpoint, or with --auto_resume from this run's own if there is one."""
+    from utils.engine import load_checkpoint
+
     folder = (Path(args.resume) if args.resume else args.run_dir) / "ckpt_model"
-    if not args.resume and not (args.auto_resume and (folder / "latest").is_file()):
-        return
-    if not (folder / "latest").is_file():
-        raise FileNotFoundError(f"nothing to resume in {folder}: it has no file `latest`")
-    path, _ = engine.load_checkpoint(str(folder), load_module_strict=False, custom_load_fn=load_trained)
-    log.say(f"resumed {path} after step {engine.global_steps}")
-
-
-def load_trained(src: dict[str, torch.Tensor], dst: READForCausalLM) -> None:
-    """Loads a checkpoint that may leave out frozen weights, but not one that trains.
-
-    Raises:
-        ValueError: with the keys that are missing or unexpected.
-    """
-    missing, unexpected = dst.load_state_dict(src, strict=False)
-    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
-    lost = sorted(trained & set(missing))
-    if lost or unexpected:
-        raise ValueError(f"the checkpoint does not fit this model; missing: {lost}; unexpected: {sorted(unexpected)}")
+    if args.resume or (args.auto_resume and has_checkpoint(folder)):
+        path = load_checkpoint(engine, folder, world)
+        log.say(f"resumed {path} after step {engine.global_steps}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@
 #   bash train_read.sh mini                              READ-mini from assets/read-mini-base, minutes on two cores
 #   bash train_read.sh read-7b-val --dataset_dir ./data          from the base that the preset names
 #   NUM_PROCS=2 bash train_read.sh mini                  two processes, on GPUs or on a CPU
+#   HOSTFILE=hosts bash train_read.sh read-13b-stage1    several nodes; a line of the file is `node1 slots=8`
 #
-# With several GPUs, or with NUM_PROCS, the deepspeed launcher starts one process on each; else it is plain python.
+# With several GPUs, with NUM_PROCS or HOSTFILE, the deepspeed launcher starts one process on each; else it is plain python.
+# Nodes are reached by pdsh over ssh and need the same folder, environment and data in the same place.
 # `bash train_read.sh mini --help` lists the flags, model/presets.py what each preset sets. Paths count from here.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -15,10 +17,12 @@ seen=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader
 read -ra gpus <<<"${seen//[,$'\n']/ }"
 procs=${NUM_PROCS:-${#gpus[@]}}
 launch=(python)
-if [ "$procs" -gt 1 ]; then
+if [ "$procs" -gt 1 ] || [ -n "${HOSTFILE:-}" ]; then
   launch=(python -m deepspeed.launcher.runner --master_port "${MASTER_PORT:-29500}")
 fi
-if [ "${#gpus[@]}" -eq 0 ]; then
+if [ -n "${HOSTFILE:-}" ]; then
+  launch+=(--hostfile "$HOSTFILE")
+elif [ "${#gpus[@]}" -eq 0 ]; then
   export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
   if [ "$procs" -gt 1 ]; then launch+=(--num_gpus "$procs"); fi
 else  # the launcher keeps to these, unless --num_gpus is given: then it would take the first of the machine

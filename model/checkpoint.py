@@ -12,6 +12,7 @@ newly initialised only where a base cannot have it, decided from the missing key
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import pickle
@@ -148,6 +149,18 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def fingerprint(path: str | Path, samples: int = 64) -> str:
+    """A name for the weights of a folder or hub id: over every tensor's key, shape and `samples` of its values.
+
+    Quick even for a large base, and another for one that was trained further, whatever its folder is called.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for key, tensor in sorted(read_tensors(weight_files(resolve_folder(path)))):
+        values = tensor.flatten()[:: max(tensor.numel() // samples, 1)][:samples].float()
+        digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load(
     cls: type[READForCausalLM],
     path: str | Path,
@@ -173,8 +186,7 @@ def load(
     folder = resolve_folder(path)
     files = weight_files(folder)
     shapes = {key: shape for key, shape in read_shapes(files).items() if not DERIVED.search(key)}
-    sam_shapes = _sam_shapes(shapes, sam_checkpoint)
-    config = read_config(folder, shapes, sam_shapes, vision_tower)
+    config = read_config(folder, shapes, sam_shapes_of(shapes, sam_checkpoint), vision_tower)
     if preset is not None:
         chosen = get_preset(preset)
         config.sasp, config.loss, config.conv_type = chosen.sasp, chosen.loss, chosen.conv_type
@@ -242,6 +254,25 @@ def read_config(
     )
 
 
+def sam_shapes_of(
+    shapes: dict[str, tuple[int, ...]], sam_checkpoint: str | Path | None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the SAM in a checkpoint, keyed as in a SAM file; those of the file where the checkpoint has none.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    prefix = "model.visual_model."
+    own = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+    if own:
+        return own
+    if sam_checkpoint is None:
+        raise CheckpointError(
+            "this base has no SAM (no model.visual_model.* tensors): give a SAM file with --vision_pretrained"
+        )
+    return {key: tuple(tensor.shape) for key, tensor in _read_sam(sam_checkpoint).items()}
+
+
 def _clip_config(
     tower: str, folder: Path, shapes: dict[str, tuple[int, ...]], explicit: bool = False
 ) -> CLIPVisionConfig:
@@ -304,20 +335,6 @@ def sam_image_size(folder: Path) -> int:
 
 def _canonical(key: str) -> str:
     return key.replace("llava.model.vision_tower.vision_model.", "llava.model.vision_tower.")
-
-
-def _sam_shapes(
-    shapes: dict[str, tuple[int, ...]], sam_checkpoint: str | Path | None
-) -> dict[str, tuple[int, ...]]:
-    prefix = "model.visual_model."
-    own = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-    if own:
-        return own
-    if sam_checkpoint is None:
-        raise CheckpointError(
-            "this base has no SAM (no model.visual_model.* tensors): give a SAM file with --vision_pretrained"
-        )
-    return {key: tuple(tensor.shape) for key, tensor in _read_sam(sam_checkpoint).items()}
 
 
 def _read_sam(file: str | Path) -> dict[str, torch.Tensor]:

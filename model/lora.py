@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from pathlib import Path
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 
 from .read import READForCausalLM
 
@@ -98,3 +101,42 @@ def merge_lora(model: READForCausalLM) -> READForCausalLM:
     if hasattr(language_model, "peft_config"):
         del language_model.peft_config
     return model
+
+
+def save_adapter(
+    trained: dict[str, torch.Tensor],
+    folder: str | Path,
+    base: str,
+    r: int,
+    alpha: int,
+    dropout: float,
+    target_modules: tuple[str, ...],
+) -> None:
+    """Everything that trained as a PEFT adapter: `PeftModel.from_pretrained(READForCausalLM of the base, folder)` applies it.
+
+    Args:
+        trained: tensors by their names in the model with LoRA on.
+        base: what the adapter belongs to, written into its config.
+        r, alpha, dropout, target_modules: as `add_lora` was given them.
+    """
+    whole = sorted({next(part for part in WHOLE if name.startswith(f"{part}.")) for name in trained if "lora_" not in name})
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        # Only in the language model: CLIP has layers of the same names.
+        target_modules=rf"llava\.model\.language_model\..*\.({'|'.join(target_modules)})",
+        modules_to_save=whole,
+        bias="none",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    tensors = {f"base_model.model.{name.replace('.default.', '.')}": tensor.contiguous() for name, tensor in trained.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+WHOLE = ("llava.model.language_model.embed_tokens", "llava.lm_head", "sam.mask_decoder", "text_hidden_fcs.0")
+"""What trains in full beside LoRA, by module (PEFT wraps no ModuleList, hence the one row of the projection)."""

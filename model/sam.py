@@ -94,7 +94,7 @@ def embed_prompts(
     encoder = sam.prompt_encoder
     pe = encoder.pe_layer
     dtype = pe.positional_encoding_gaussian_matrix.dtype
-    dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(len(text), -1, *encoder.image_embedding_size)
+    dense = _only_row(encoder.no_mask_embed).reshape(1, -1, 1, 1).expand(len(text), -1, *encoder.image_embedding_size)
     if points is None:
         return text, dense
     padding = points.new_zeros(len(points), 1, 2)
@@ -102,9 +102,15 @@ def embed_prompts(
     labels = torch.cat([labels, labels.new_full((len(labels), 1), -1)], dim=1)[..., None]
     coords = coords / coords.new_tensor(encoder.input_image_size[::-1])
     place = pe._pe_encoding(coords.to(dtype))
-    kind = torch.where(labels == 1, encoder.point_embeddings[1].weight, encoder.point_embeddings[0].weight)
-    embedded = torch.where(labels == -1, encoder.not_a_point_embed.weight, place + kind)
+    background, foreground = (_only_row(embedding) for embedding in encoder.point_embeddings[:2])
+    kind = torch.where(labels == 1, foreground, background)
+    embedded = torch.where(labels == -1, _only_row(encoder.not_a_point_embed), place + kind)
     return torch.cat([embedded, text.to(embedded.dtype)], dim=1), dense
+
+
+def _only_row(embedding: torch.nn.Embedding) -> torch.Tensor:
+    """(1, C): the weight of a one-row embedding, looked up, since ZeRO-3 brings weights together in a module's forward only."""
+    return embedding(torch.zeros(1, dtype=torch.long, device=embedding.weight.device))
 
 
 def dense_position_encoding(sam: Sam) -> torch.Tensor:

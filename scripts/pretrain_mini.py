@@ -11,7 +11,8 @@ drawn without end from the training photographs, so no sample is seen twice and 
     python scripts/pretrain_mini.py export    --out runs/base        # fp16 folder assets/read-mini-base
 
 `sam` shares no weights with `clip` and `sight` and may run beside them; `sight` goes on from `clip`, `seg` from all. A stage
-that is run again goes on from itself, with --start from a whole model. Needs torch 2.9 or newer (Muon).
+that is run again goes on from itself, with --start from a whole model. Needs torch 2.9 or newer (Muon). On several cores,
+`torchrun --nproc_per_node 2 scripts/pretrain_mini.py ...` with one thread each beats two threads: gradients are averaged.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from model import (  # noqa: E402
 )
 from model import llava as llava_adapter  # noqa: E402
 from model.sam import upscale_logits  # noqa: E402
+from utils import distributed  # noqa: E402
 from utils.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, with_image  # noqa: E402
 from utils.tokenizer import add_read_tokens, load_tokenizer  # noqa: E402
 
@@ -67,37 +69,39 @@ class Talk:
 
     turns: int = 5
     """Questions a scene."""
-    places: float = 0.0
-    """Share of the referring turns that ask for a relation or an extreme, where the scene has one; else as they come."""
+    places: float = 0.25
+    """Share of the turns that ask for an extreme or, as often, for a relation, where the scene has one."""
     brief: float = 0.35
     """Share of the turns in the short sentences of evaluation; the rest are worded as training's."""
+    absent: float = 0.15
+    """Share of the turns that ask for what is not there."""
     hardness: float = 1.0
     """Share of relations, extremes and sizes that is let in: places are learnt after kinds and colours."""
 
 
 def dialogue(scene: world.Scene, rng: np.random.Generator, talk: Talk) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
     """A conversation about one scene and the mask of each of its [SEG] tokens, in order."""
-    pool: list[tuple[str, str, np.ndarray | None]] = []
-    places: list[tuple[str, str, np.ndarray | None]] = []
+    pools: dict[str, list[tuple[str, str, np.ndarray | None]]] = {"plain": [], "extreme": [], "relation": []}
     for found in world.expressions(scene, rng):
         if found.kind not in ("name", "colour+name") and rng.random() > talk.hardness:
             continue
-        into = places if found.kind in ("relation", "extreme") and rng.random() < talk.places else pool
-        into.append((*_referring(found.text, rng, talk.brief), scene.things[found.target].mask))
-    reasons = [(*_reasoning(found, rng), _union(scene, found.targets)) for found in world.reasoning(scene, rng)]
-    absent = [(*_absent(found, rng), None) for found in world.false_premises(scene, rng)]
-    absent += [(_long(query, sentence, rng), answer, None) for query, sentence, answer in world.false_reasoning(scene, rng)]
+        pool = pools[found.kind if found.kind in pools else "plain"]
+        pool.append((*_referring(found.text, rng, talk.brief), scene.things[found.target].mask))
+    pools["reason"] = [(*_reasoning(found, rng), _union(scene, found.targets)) for found in world.reasoning(scene, rng)]
+    pools["absent"] = [(*_absent(found, rng), None) for found in world.false_premises(scene, rng)]
+    pools["absent"] += [
+        (_long(query, sentence, rng), answer, None) for query, sentence, answer in world.false_reasoning(scene, rng)
+    ]
+    shares = {"extreme": talk.places / 2, "relation": talk.places / 2, "reason": 0.2, "absent": talk.absent, "caption": 0.05}
+    shares["plain"] = max(1 - sum(shares.values()), 0)
+    odds = np.array(list(shares.values())) / sum(shares.values())
     chosen: list[tuple[str, str, np.ndarray | None]] = []
     for _ in range(talk.turns):
-        if places and rng.random() < talk.places:
-            chosen.append(places.pop())
-            continue
-        kind = rng.random()
-        source = reasons if kind < 0.25 and reasons else absent if kind < 0.4 and absent else pool
-        if kind > 0.9:
+        kind = list(shares)[rng.choice(len(odds), p=odds)]
+        if kind == "caption":
             chosen.append((_pick(phrases.CAPTION_QUESTIONS, rng), world.caption(scene, rng), None))
-        elif source:
-            chosen.append(source.pop(rng.integers(len(source))))
+        elif pool := pools[kind] or pools["plain"]:
+            chosen.append(pool.pop(rng.integers(len(pool))))
     return [(question, answer) for question, answer, _ in chosen], [mask for *_, mask in chosen if mask is not None]
 
 
@@ -310,7 +314,9 @@ def clip_step(
 ) -> dict:
     """The tower's own task: each patch tells kind, colour and size of what it shows, and whether it shows a thing."""
     scenes = [world.make_scene(rng, "train") for _ in range(size)]
-    images = torch.stack([processor.views(scene.image).clip for scene in scenes])
+    images = torch.stack(
+        [torch.from_numpy(processor.clip_processor(scene.image, return_tensors="np")["pixel_values"][0]) for scene in scenes]
+    )
     layer = model.config.llava.vision_feature_layer
     states = model.llava.model.vision_tower(images, output_hidden_states=True).hidden_states[layer][:, 1:]
     grid = math.isqrt(processor.num_patches)
@@ -411,9 +417,10 @@ def build_optimizers(trained: dict[str, torch.nn.Parameter]) -> list[torch.optim
 
 def train(args: argparse.Namespace) -> None:
     """One stage, for `--minutes` of wall clock; the learning rate follows the clock, so a busy machine ends it well too."""
+    peers = distributed.start(engine=False)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([args.seed, list(STAGE_PREFIXES).index(args.stage)])
+    rng = np.random.default_rng([args.seed, list(STAGE_PREFIXES).index(args.stage), peers.rank])
     model, processor = build_model(args.start or args.out)
     load_parts(model, args.out, args.start)
     model.train()
@@ -428,7 +435,7 @@ def train(args: argparse.Namespace) -> None:
     optimizers = build_optimizers({n: p for n, p in [*model.named_parameters(), *heads.named_parameters()] if p.requires_grad})
     log = (args.out / f"{args.stage}.jsonl").open("a")
     start, step, sums, last_save = time.time(), 0, {}, time.time()
-    while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
+    while (progress := distributed.from_main((time.time() - start) / (60 * args.minutes), peers.device)) < 1:
         rate = args.lr * min(1, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * progress)) * 0.98 + 0.02)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
@@ -438,7 +445,8 @@ def train(args: argparse.Namespace) -> None:
             elif args.stage == "clip":
                 out = clip_step(model, rng, processor, args.batch_size, heads)
             else:
-                talk = Talk(args.turns, args.places, args.brief, min(1.0, progress / args.ramp) if args.ramp else 1.0)
+                hardness = min(1.0, progress / args.ramp) if args.ramp else 1.0
+                talk = Talk(args.turns, args.places, args.brief, args.absent, hardness)
                 batch, scenes = make_batch(processor, rng, args.batch_size, talk)
                 if args.stage == "sight":
                     out = sight_step(model, batch, dense_words(scenes, processor))
@@ -447,23 +455,36 @@ def train(args: argparse.Namespace) -> None:
         model.zero_grad()
         heads.zero_grad()
         out["loss"].backward()
+        average_gradients(trained, peers.size)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
         step += 1
         for key, value in out.items():
             sums.setdefault(key, []).append(float(value.detach() if isinstance(value, torch.Tensor) else value))
-        if step % 20 == 0:
+        if peers.is_main and step % 20 == 0:
             row = {"step": step, "minutes": round((time.time() - start) / 60, 2), "lr": round(rate, 6)}
             row |= {key: round(float(np.mean(values)), 4) for key, values in sums.items()}
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(row, flush=True)
             sums = {}
-        if time.time() - last_save > 120:
+        if peers.is_main and time.time() - last_save > 120:
             save_stage(model, args.out, args.stage)
             last_save = time.time()
-    save_stage(model, args.out, args.stage)
+    if peers.is_main:
+        save_stage(model, args.out, args.stage)
+    distributed.stop()
+
+
+def average_gradients(parameters: list[torch.nn.Parameter], processes: int) -> None:
+    """The mean over the processes; a parameter that one of them did not use counts as zero there."""
+    if processes == 1:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    flat = distributed.sum_over_ranks(flat) / processes
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def save_stage(model: READForCausalLM, folder: Path, stage: str) -> None:
@@ -496,12 +517,15 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch_size", type=int, default=8, help="scenes a step")
     parser.add_argument("--turns", type=int, default=5, help="questions a scene")
-    parser.add_argument("--places", type=float, default=0.0, help="share of referring turns about relations and extremes")
+    parser.add_argument("--places", type=float, default=0.25, help="share of turns about relations and extremes")
+    parser.add_argument("--absent", type=float, default=0.15, help="share of turns about what is not there")
     parser.add_argument("--brief", type=float, default=0.35, help="share of turns in the short sentences of evaluation")
     parser.add_argument("--ramp", type=float, default=0.0, help="share of the time in which relations and sizes are let in")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast; half as fast on CPUs without AMX"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.stage == "tokenizer":

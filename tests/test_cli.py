@@ -29,6 +29,7 @@ ENTRIES = {
     "dataset.mini": "dataset.mini.__main__",
     "utils.compare": "utils.compare",
     "dataset.check": "dataset.check",
+    "utils.plot": "utils.plot",
 }
 """What a command may run -> the module whose `main` parses it."""
 
@@ -141,6 +142,31 @@ def test_command_of_script_parses(script: Path) -> None:
     positional = ["RUN", "OUT"] if "$2" in script.read_text() or "${2" in script.read_text() else ["NAME"]
     entry, words = entry_of(through_script([script.name, *positional]))
     parse(entry, [word for word in words if "$" not in word])
+
+
+LAUNCHER = "-m deepspeed.launcher.runner --master_port 29500"
+
+
+@pytest.mark.parametrize(
+    "given, launched",
+    [
+        ({}, "train_read.py"),
+        ({"NUM_PROCS": "2"}, f"{LAUNCHER} --num_gpus 2 train_read.py"),
+        ({"HOSTFILE": "hosts"}, f"{LAUNCHER} --hostfile hosts train_read.py"),
+        ({"CUDA_VISIBLE_DEVICES": "3,5"}, f"on 3,5: {LAUNCHER} train_read.py"),
+    ],
+    ids=str,
+)
+def test_train_script_starts_one_process_or_many(tmp_path: Path, given: dict[str, str], launched: str) -> None:
+    """What train_read.sh runs, with a python in its way that only repeats it."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES:+on $CUDA_VISIBLE_DEVICES: }$*"\n')
+    stub.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", **given}
+    done = subprocess.run(
+        ["bash", "train_read.sh", "mini", "--lr", "1"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"{launched} --preset mini --lr 1"
 
 
 @pytest.mark.parametrize("where, words", shown_commands(), ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else v)

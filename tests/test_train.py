@@ -11,43 +11,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from golden_dir import golden_dirs
-from PIL import Image
+from tiny_training import CKPT, ROOT, flags, needs_ckpt, records, write_reason_seg
 
 import train_read
 from model import READForCausalLM, READProcessor, add_lora, merge_lora, set_trainable
-from train_read import EpochSampler, check_finite, deepspeed_config
+from train_read import EpochSampler, check_finite
 from utils import merge_lora as merge
 from utils.args import TrainArgs
+from utils.engine import deepspeed_config
 from utils.runlog import Averages
-
-ROOT = Path(__file__).resolve().parent.parent
-CKPT = next((f / "ckpt" for f in golden_dirs() if (f / "ckpt/read_tiny/config.json").is_file()), None)
-needs_ckpt = pytest.mark.skipif(CKPT is None, reason="no tiny checkpoint in the golden folder")
-
-
-def write_reason_seg(root: Path, splits: dict[str, int]) -> None:
-    """A ReasonSeg tree in the real format: noise with one bright rectangle, which is the target."""
-    rng = np.random.default_rng(0)
-    for split, count in splits.items():
-        folder = root / "reason_seg" / "ReasonSeg" / split
-        folder.mkdir(parents=True)
-        for i in range(count):
-            picture = rng.integers(0, 120, (48, 64, 3), dtype=np.uint8)
-            left, top = int(rng.integers(2, 30)), int(rng.integers(2, 20))
-            picture[top : top + 20, left : left + 25] = 230
-            Image.fromarray(picture).save(folder / f"{i}.jpg")
-            corners = [[left, top], [left + 25, top], [left + 25, top + 20], [left, top + 20]]
-            record = {
-                "text": ["the bright thing", "bright rectangle"],
-                "is_sentence": False,
-                "shapes": [{"label": "target", "points": corners}],
-                "false_premise_QA": [["a green dog", False, "There is no dog here."]],
-            }
-            (folder / f"{i}.json").write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
@@ -58,30 +32,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def flags(data: Path, runs: Path, name: str, **changed: object) -> list[str]:
-    """A command line for a few steps of training."""
-    values = {
-        "version": CKPT / "read_tiny", "vision_tower": CKPT / "clip_tiny", "precision": "fp32", "lora_r": 4,
-        "lora_dropout": 0.0, "num_points": 5, "down_sample": 1, "dataset": "reason_seg", "sample_rates": "1",
-        "dataset_dir": data, "log_base_dir": runs, "exp_name": name, "epochs": 2, "steps_per_epoch": 2, "batch_size": 2,
-        "lr": 0.01, "warmup_steps": 1, "workers": 0, "print_freq": 1, "seed": 3,
-    } | changed  # fmt: skip
-    line = [part for key, value in values.items() for part in (f"--{key}", str(value))]
-    return [*line, "--no-gradient_checkpointing"]
-
-
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two epochs of two steps, in this process."""
     runs = tmp_path_factory.mktemp("runs")
     train_read.main(flags(data, runs, "tiny"))
     return runs / "tiny"
-
-
-def records(run: Path, kind: str) -> list[dict]:
-    """What a run logged of one kind."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 # ------------------------------------------------------------------------------------------------ end to end

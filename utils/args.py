@@ -22,9 +22,6 @@ CONFIG_NAME = "config.json"
 REMOVED = {
     "use_mm_start_end": "<im_start> and <im_end> belong to every READ checkpoint and are always used",
     "use_released_param": "what has to be newly initialised is decided from the keys that --version lacks",
-    "load_in_8bit": "the original accepted it and never read it",
-    "load_in_4bit": "the original accepted it and never read it",
-    "use_wandb": "curves go to TensorBoard and to RUN/log.jsonl",
     "image_size": "it is read from the checkpoint or from the SAM file",
     "out_dim": "it is read from the checkpoint or from the SAM file",
     "start_epoch": "it is read from the checkpoint that is resumed",
@@ -33,7 +30,7 @@ REMOVED = {
 """Flags of the original that are gone, and why: said to those who type them."""
 
 
-def flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+def flag(default: Any, help: str, choices: tuple[str | int, ...] | None = None) -> Any:
     """A field of a settings dataclass with its sentence and its choices."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
@@ -52,6 +49,8 @@ class TrainArgs:
     vision_pretrained: str | None = flag(None, "SAM .pth file, for a base without SAM (LLaVA-1.5)")
     precision: str = flag("bf16", "dtype of weights and activations", ("bf16", "fp16", "fp32"))
     attn_implementation: str = flag("sdpa", "attention of the language model", ("eager", "sdpa", "flash_attention_2"))
+    load_in_8bit: bool = flag(False, "keep the frozen language model in 8 bits (bitsandbytes): LoRA on a smaller card")
+    load_in_4bit: bool = flag(False, "keep the frozen language model in 4 bits (bitsandbytes NF4): on a still smaller one")
     gradient_checkpointing: bool = flag(True, "recompute the language model's activations: slower, much less memory")
     # The original's default is 512, less than the 576 tokens of a picture; its script passes 2048.
     model_max_length: int = flag(2048, "longest training conversation, tokens, the picture's included")
@@ -89,6 +88,12 @@ class TrainArgs:
     correct_refer_seg_data: str = flag("fprefcocog||fprefcoco||fprefcoco+", "sources of correct_refer_seg")
     vqa_data: str = flag("llava_instruct_150k", "source of vqa")
     reason_seg_data: str = flag("ReasonSeg|train", "source of reason_seg: name|splits, several splits joined by _")
+    reason_seg_ignore: str = flag(
+        "background", "regions that ReasonSeg marks to be ignored: background, as the original trains, or really ignored",
+        ("background", "ignored"),
+    )
+    own_data: str = flag("", "sources of own: paths of your own data (dataset/own.py), joined by ||")
+    cache_dir: str | None = flag(None, "keep SAM's features of every picture here, and take them from here the next time")
     allow_missing: bool = flag(False, "name the data sets that are not on disk and train on the rest")
     num_classes_per_sample: int = flag(1, "questions about one picture in a training sample")
     workers: int = flag(4, "processes that load data; 0 loads in the training process")
@@ -114,6 +119,11 @@ class TrainArgs:
         "stop, save and validate after so many seconds; the learning rate reaches 0 by the clock if that is sooner",
     )
     seed: int = flag(42, "of initialisation, dropout and the order of the data")
+    zero_stage: int = flag(2, "what DeepSpeed splits over processes: 2 gradients and optimiser, 3 weights too", (2, 3))
+    offload: str = flag(
+        "none", "what rests in the host's memory: the optimiser's states, or with ZeRO-3 all weights",
+        ("none", "optimizer", "all"),
+    )
     bucket_size: int = flag(500_000_000, "elements of DeepSpeed's reduce and gather buckets; less saves memory")
 
     # ---- logging, checkpoints, processes
@@ -121,6 +131,9 @@ class TrainArgs:
     resume: str | None = flag(None, "run to continue from (a folder with config.json and ckpt_model)")
     auto_resume: bool = flag(False, "continue from this run's own last checkpoint, if it has one")
     overwrite: bool = flag(False, "delete what an earlier run of this name left")
+    save_every: int | None = flag(None, "save every so many steps within an epoch too, for runs that may be cut off")
+    use_wandb: bool = flag(False, "curves to Weights & Biases too (pip install wandb; WANDB_MODE=offline keeps them here)")
+    dry_run: bool = flag(False, "print settings, what trains, data and a memory plan; load and train nothing")
     save_frozen: bool = flag(False, "put the frozen weights into checkpoints too; they are those of --version")
     local_rank: int = flag(0, "set by the deepspeed launcher")
 
@@ -134,11 +147,23 @@ class TrainArgs:
         for field in dataclasses.fields(self):
             choices, value = field.metadata["choices"], getattr(self, field.name)
             if choices and value is not None and value not in choices:
-                complaints.append(f"--{field.name} must be one of {', '.join(choices)}, found {value!r}")
+                complaints.append(f"--{field.name} must be one of {', '.join(map(str, choices))}, found {value!r}")
         for name in ("epochs", "steps_per_epoch", "batch_size", "grad_accumulation_steps", "warmup_steps", "print_freq",
                      "model_max_length", "num_classes_per_sample", "bucket_size"):  # fmt: skip
             if getattr(self, name) < 1:
                 complaints.append(f"--{name} must be at least 1, found {getattr(self, name)}")
+        if self.save_every is not None and self.save_every < 1:
+            complaints.append(f"--save_every must be at least 1, found {self.save_every}")
+        if self.load_in_4bit and self.load_in_8bit:
+            complaints.append("--load_in_4bit and --load_in_8bit exclude each other")
+        if self.quantized and self.lora_r == 0:
+            complaints.append("a base in 4 or 8 bits cannot train in full: give LoRA a rank (--lora_r)")
+        if self.quantized and self.zero_stage == 3:
+            complaints.append("ZeRO-3 cannot split weights of 4 or 8 bits: take --zero_stage 2")
+        if self.offload == "all" and self.zero_stage != 3:
+            complaints.append("--offload all rests weights in the host's memory, which --zero_stage 3 can do")
+        if self.cache_dir and self.zero_stage == 3:
+            complaints.append("--cache_dir needs --zero_stage 2: in ZeRO-3 all processes must run SAM's encoder together")
         if self.lora_r < 0 or self.workers < 0:
             complaints.append(f"--lora_r and --workers must not be negative, found {self.lora_r} and {self.workers}")
         if self.conv_type not in SYSTEM:
@@ -160,6 +185,11 @@ class TrainArgs:
     def run_dir(self) -> Path:
         """Where the run keeps config, log, curves and checkpoints."""
         return Path(self.log_base_dir) / self.exp_name
+
+    @property
+    def quantized(self) -> int | None:
+        """Bits of the frozen language model's weights, None for those of --precision."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     def mixture(self) -> list[tuple[str, float]]:
         """(data set, rate) pairs of --dataset and --sample_rates."""

@@ -43,8 +43,8 @@ def configure_sasp(config: Any, options: argparse.Namespace) -> None:
     config.sasp = dataclasses.replace(config.sasp, **{k: v for k, v in given.items() if v is not None})
 
 
-def torch_dtype(precision: str | None, on_gpu: bool) -> Any:
-    """The dtype that --precision means."""
+def torch_dtype(precision: str | None, on_gpu: bool = False) -> Any:
+    """The dtype that --precision means; unless it is given, bf16 on a GPU and fp32 without."""
     import torch
 
     return getattr(torch, DTYPES[precision or ("bf16" if on_gpu else "fp32")])

@@ -96,17 +96,26 @@ def shard(count: int, rank: int, size: int) -> range:
     return range(rank, count, size)
 
 
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum over all ranks, on every rank; the dtype is kept (int64 counts stay exact)."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _several():
         values = values.clone()
         dist.all_reduce(values)
     return values
 
 
+def any_rank(flag: bool) -> bool:
+    """True on every rank if it is on one."""
+    return any(gather_objects(flag))
+
+
 def from_main(value: Any, device: torch.device) -> Any:
     """The main process's value of a float, on every rank."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _several():
         message = torch.tensor([float(value)], dtype=torch.float64, device=device)
         dist.broadcast(message, src=0)
         return message.item()
@@ -115,7 +124,7 @@ def from_main(value: Any, device: torch.device) -> Any:
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's (picklable) value, in the order of ranks, on every rank."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _several():
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
         return values
@@ -124,5 +133,5 @@ def gather_objects(value: Any) -> list[Any]:
 
 def barrier() -> None:
     """Waits for all ranks."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _several():
         dist.barrier()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from utils.distributed import barrier, gather_objects, shard
+from utils.distributed import any_rank, barrier, gather_objects, shard
 from utils.metrics import Overlap, SegmentationMeter, overlap
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def evaluate(
     meters: dict[str, SegmentationMeter] = {"all": SegmentationMeter()}
     images, begin, was_training = 0, time.monotonic(), model.training
     model.eval()
+    in_step = _InStep(split=any(hasattr(p, "ds_id") for p in model.parameters()))
     with _PredictionFile(predictions_path, rank, world) as file:
         # Not a terminal (a log file): one line now and then instead of a hundred.
         every = 0.5 if sys.stderr.isatty() else 15
@@ -117,6 +118,7 @@ def evaluate(
             images += 1
             row = 0
             for batch in parts:
+                in_step.begin()
                 found = predict(model, processor, batch, protocol, compat, max_new_tokens)
                 sample = batch.samples[0]
                 for n, prediction in enumerate(found):
@@ -126,6 +128,7 @@ def evaluate(
                         meters.setdefault(name, SegmentationMeter()).add(pixels, *presence)
                     file.write(index, row + n, lambda s=sample, n=n, p=prediction, o=pixels: _record(s, n, p, o))
                 row += len(found)
+        in_step.finish(lambda: predict(model, processor, batches.any(), protocol, compat, max_new_tokens))
     model.train(was_training)
 
     total: dict[str, SegmentationMeter] = {"all": SegmentationMeter()}
@@ -218,13 +221,32 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, list[Batch]]:
         index = self.indices[i]
-        parts = chunks(self.dataset[index], self.chunk)
-        return index, [
-            self.collate(
-                [part], self.processor, training=False, padding=self.padding, conv_type=self.conv_type
-            )
-            for part in parts
-        ]
+        return index, [self._batch(part) for part in chunks(self.dataset[index], self.chunk)]
+
+    def any(self) -> Batch:
+        """One question of the first picture, whosever it is."""
+        return self._batch(next(chunks(self.dataset[0], 1)))
+
+    def _batch(self, part: Sample) -> Batch:
+        return self.collate([part], self.processor, training=False, padding=self.padding, conv_type=self.conv_type)
+
+
+class _InStep:
+    """Under ZeRO-3 a forward needs all processes, but their shares differ: who is done goes along until all are."""
+
+    def __init__(self, split: bool) -> None:
+        self.split = split
+        """The weights are split among the processes."""
+
+    def begin(self) -> None:
+        """Before a forward of one's own."""
+        if self.split:
+            any_rank(True)
+
+    def finish(self, forward: Callable[[], Any]) -> None:
+        """After the last of one's own: `forward`, whose result is thrown away, as often as others still need it."""
+        while self.split and any_rank(False):
+            forward()
 
 
 def chunks(sample: Sample, size: int | None) -> Iterator[Sample]:

@@ -2,8 +2,11 @@
 
 DeepSpeed's shards of the chosen checkpoint become float32 weights; these are loaded strictly over the base that the run
 was trained from; LoRA is folded in; OUT receives weights, config, tokenizer and processor, and so stands on its own.
-Base, LoRA rank, alpha and targets come from RUN/config.json. The shards stay, unless --delete_shards asks otherwise and
-the folder just written has been loaded again.
+Base, LoRA rank, alpha and targets come from RUN/config.json; a base whose weights are no longer those is refused. Where the
+run kept its base in 4 or 8 bits, LoRA is folded into the rounded weights, those that it was trained on. The shards stay,
+unless --delete_shards asks otherwise and the folder just written has been loaded again.
+
+With --layout adapter nothing is merged: OUT becomes a PEFT adapter, small, that `peft` loads onto the base.
 
 This is an entry script: it alone in `utils` knows the model.
 """
@@ -20,8 +23,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.args import TrainArgs
-from utils.cli import plain_errors
+from utils.args import CONFIG_NAME, TrainArgs
+from utils.cli import plain_errors, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the weights in OUT (default: the run's)"
     )
-    parser.add_argument("--layout", choices=("read", "released"), default="read", help="ours, or the original's")
+    parser.add_argument(
+        "--layout", choices=("read", "released", "adapter"), default="read",
+        help="ours, the original's, or a PEFT adapter of what was trained",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace OUT")
     parser.add_argument(
         "--delete_shards", action=argparse.BooleanOptionalAction, default=False,
@@ -63,34 +69,43 @@ def merge(options: argparse.Namespace) -> None:
 
     setup_logging()
     logging.getLogger("model.lora").setLevel(logging.WARNING)  # what trained was said when it was trained
-    args = TrainArgs.load(options.run)
+    args = load_run(options.run)
     check_out(options.out, options.overwrite, needed=[options.run, Path(args.version), options.fp32])
 
     import torch
 
-    from model import READForCausalLM, READProcessor, merge_lora
+    from model import READForCausalLM, READProcessor, merge_lora, save_adapter
 
     source = options.fp32 or checkpoint_folder(options.run, options.tag)
     trained = read_fp32(options.fp32) if options.fp32 else read_shards(source)
+    check_base(options.run, args)
     model = build_trained_model(args, trained)
-    if args.lora_r > 0:
+    dtype = torch_dtype(options.dtype or args.precision)
+    if args.lora_r > 0 and options.layout != "adapter":
         merge_lora(model)
-    model.to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype or args.precision])
+    model.to(dtype)
 
     partial = options.out.with_name(options.out.name + ".partial")
     if partial.exists():  # a merge that was interrupted; its name says that nobody relies on it
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial, layout=options.layout)
-    READProcessor.from_pretrained(args.version, **args.processor(model.config)).save_pretrained(partial)
+    if options.layout == "adapter":
+        named = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        save_adapter(named, partial, args.version, **args.lora())
+    else:
+        model.save_pretrained(partial, layout=options.layout)
+        READProcessor.from_pretrained(args.version, **args.processor(model.config)).save_pretrained(partial)
     record = {"run": str(options.run), "checkpoint": str(source), "base": args.version, "preset": args.preset}
     (partial / "merged_from.json").write_text(json.dumps(record, indent=2) + "\n")
     if options.overwrite and options.out.exists():
         shutil.rmtree(options.out)
     partial.rename(options.out)
-    log.info("merged %s over %s into %s", source, args.version, options.out)
+    done = "adapter of %s for %s in %s" if options.layout == "adapter" else "merged %s over %s into %s"
+    log.info(done, source, args.version, options.out)
 
-    if options.delete_shards:
+    if options.delete_shards and options.layout == "adapter":
+        log.info("the shards were kept: an adapter alone is not worth them")
+    elif options.delete_shards:
         tower = args.vision_tower if options.layout == "released" else None  # our own layout carries it
         again = READForCausalLM.from_pretrained(options.out, dtype=model.dtype, vision_tower=tower)
         written = model.state_dict()
@@ -99,6 +114,33 @@ def merge(options: argparse.Namespace) -> None:
             raise RuntimeError(f"{options.out} does not read back as written ({differing}); the shards were kept")
         shutil.rmtree(options.run / "ckpt_model")
         log.info("deleted %s", options.run / "ckpt_model")
+
+
+def load_run(run: Path) -> TrainArgs:
+    """The settings of a run.
+
+    Raises:
+        ValueError: it has been merged already. FileNotFoundError: it is no run.
+    """
+    if (run / "merged_from.json").is_file():
+        raise ValueError(f"{run} is the result of a merge, and merging it twice would add LoRA twice: name the run itself")
+    return TrainArgs.load(run)
+
+
+def check_base(run: Path, args: TrainArgs) -> None:
+    """Refuses a base that is not the one the run was trained on.
+
+    Raises:
+        ValueError: its weights have changed since.
+    """
+    from model.checkpoint import fingerprint
+
+    before = json.loads((run / CONFIG_NAME).read_text()).get("base")
+    if before is not None and fingerprint(args.version) != before:
+        raise ValueError(
+            f"{args.version} does not hold the weights that {run} was trained from: LoRA fits its own base alone. Put that "
+            f"base back in its place (its fingerprint is {before})"
+        )
 
 
 def check_out(out: Path, overwrite: bool, needed: list[Path | None]) -> None:
@@ -183,11 +225,20 @@ def build_trained_model(args: TrainArgs, trained: dict[str, torch.Tensor]) -> RE
     """
     import torch
 
-    from model import READForCausalLM, add_lora, set_trainable
-
-    model = READForCausalLM.from_pretrained(
-        args.version, dtype=torch.float32, vision_tower=args.vision_tower, sam_checkpoint=args.vision_pretrained
+    from model import (
+        READForCausalLM,
+        add_lora,
+        dequantize_language_model,
+        quantize_language_model,
+        set_trainable,
     )
+    # Rounded from the same numbers as in training, that is from those of its dtype.
+    dtype = torch_dtype(args.precision) if args.quantized else torch.float32
+    model = READForCausalLM.from_pretrained(
+        args.version, dtype=dtype, vision_tower=args.vision_tower, sam_checkpoint=args.vision_pretrained
+    )
+    if args.quantized:
+        dequantize_language_model(quantize_language_model(model, args.quantized, "cpu")).float()
     args.configure(model.config)
     add_lora(model, **args.lora())
     set_trainable(model, args.train_mask_decoder)

@@ -1,10 +1,11 @@
-"""What a run says: lines on the screen, curves for TensorBoard, and one JSON object a record in RUN/log.jsonl.
+"""What a run says: lines on the screen, curves for TensorBoard (and W&B), and one JSON object a record in RUN/log.jsonl.
 
 Only the main process speaks; on other ranks every call does nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from utils.args import CONFIG_NAME
 
 
 class _TqdmHandler(logging.Handler):
@@ -44,17 +47,34 @@ def setup_logging(speaks: bool = True) -> None:
 class RunLog:
     """The voice of one run. With `folder` None (or on another rank than 0) nothing is written."""
 
-    def __init__(self, folder: Path | None, is_main: bool = True) -> None:
+    def __init__(
+        self, folder: Path | None, is_main: bool = True, after_step: int = 0, wandb_name: str | None = None
+    ) -> None:
+        """`after_step`: the step that a run goes on from; what it logged later, before it was cut off, is forgotten.
+
+        `wandb_name` sends the curves to Weights & Biases too, under this name (with WANDB_MODE=offline to RUN/wandb).
+
+        Raises:
+            ModuleNotFoundError: W&B is asked for and not installed.
+        """
         self.is_main = is_main
         self._logger = logging.getLogger("read")
-        self._lines = None
-        self._curves = None
-        if folder is not None and is_main:
-            from torch.utils.tensorboard import SummaryWriter
+        self._lines = self._curves = self._wandb = None
+        if folder is None or not is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
 
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lines = (folder / "log.jsonl").open("a")
-            self._curves = SummaryWriter(str(folder), flush_secs=30)
+        folder.mkdir(parents=True, exist_ok=True)
+        drop_records(folder / "log.jsonl", after_step)
+        self._lines = (folder / "log.jsonl").open("a")
+        self._curves = SummaryWriter(str(folder), flush_secs=30, purge_step=after_step + 1)
+        if wandb_name is not None:
+            import wandb
+
+            self._wandb = wandb.init(
+                project="READ", name=wandb_name, id=wandb_id(folder), dir=str(folder), resume="allow",
+                config=json.loads((folder / CONFIG_NAME).read_text()),
+            )  # fmt: skip
 
     def say(self, text: str) -> None:
         """One line (or more) on the screen."""
@@ -71,6 +91,8 @@ class RunLog:
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._curves.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         """Flushes curves and lines."""
@@ -78,6 +100,31 @@ class RunLog:
             self._lines.close()
             self._curves.close()
             self._lines = self._curves = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+
+def drop_records(file: Path, after_step: int) -> None:
+    """Removes what was logged after a step, and half a line at the end, from a log.jsonl."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > after_step:
+                continue
+        except ValueError:  # cut off while it was written
+            continue
+        kept.append(line + "\n")
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(file)
+
+
+def wandb_id(folder: Path) -> str:
+    """The same for the same run, so that what is resumed goes on in one curve."""
+    return hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
 
 
 class Averages:

@@ -1,0 +1,380 @@
+"""What training promises beyond the published recipe: exact resume, ZeRO-3, offload, a base in few bits, adapters, plans."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import SEG, prompt, tiny_batch, tiny_config, tiny_read
+from tiny_training import CKPT, ROOT, flags, needs_ckpt, records, write_reason_seg
+
+import train_read
+from model import (
+    READForCausalLM,
+    READProcessor,
+    SaspConfig,
+    add_lora,
+    dequantize_language_model,
+    memory,
+    quantize_language_model,
+    set_trainable,
+)
+from utils import merge_lora as merge
+from utils.args import TrainArgs
+from utils.runlog import RunLog, drop_records
+
+pytestmark = needs_ckpt
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a tiny ReasonSeg tree."""
+    root = tmp_path_factory.mktemp("data")
+    write_reason_seg(root, {"train": 4, "val": 3})
+    return root
+
+
+def command(data: Path, runs: Path, name: str, *more: str, **changed: object) -> list[str]:
+    """A command line with dropout on, so that random numbers matter."""
+    return [*flags(data, runs, name, **{"lora_dropout": 0.2, "save_every": 1} | changed), *more]
+
+
+@pytest.fixture(scope="module")
+def through(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs of two steps that nothing interrupts."""
+    runs = tmp_path_factory.mktemp("through")
+    train_read.main(command(data, runs, "tiny"))
+    return runs / "tiny"
+
+
+def weights(run: Path, step: int = 4) -> dict[str, torch.Tensor]:
+    """What trained, of a step's checkpoint."""
+    return merge.read_shards(run / "ckpt_model" / f"step{step}")
+
+
+def timeless(run: Path, kind: str) -> list[dict]:
+    """Records without what a clock put into them."""
+    return [{k: v for k, v in line.items() if k not in ("time", "s_per_step", "seconds")} for line in records(run, kind)]
+
+
+# ------------------------------------------------------------------------------------------------ exact resume
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
+    data: Path, through: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, scores, best checkpoint and final weights are bit for bit those of the uninterrupted run."""
+    line = command(data, tmp_path, "tiny", "--auto_resume")
+    checkpoints = tmp_path / "tiny" / "ckpt_model"
+
+    # The process vanishes while the first checkpoint is on its way: written, but not yet in its place.
+    probe = (
+        "import os, sys, pathlib, train_read;"
+        "pathlib.Path.rename = lambda *_: os._exit(9);"
+        "train_read.main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe, *line], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 9, done.stderr
+    assert [p.name for p in checkpoints.glob("[sl]*")] == ["step1.partial"]
+
+    # Then in the third forward pass, the second being saved and measured ...
+    def third(output, batch, step):
+        if step == 2:
+            raise Killed
+        return original(output, batch, step)
+
+    original = train_read.check_finite
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_read, "check_finite", third)
+        train_read.main(line)
+    assert (checkpoints / "latest").read_text() == "step2"
+    # ... and at last between the saving of the fourth and its measuring.
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_read, "validate", lambda *_: (_ for _ in ()).throw(Killed()))
+        train_read.main(line)
+    assert json.loads((tmp_path / "tiny/best.json").read_text())["measured_step"] == 2
+    train_read.main(line)
+
+    for kind in ("train", "val"):
+        assert timeless(tmp_path / "tiny", kind) == timeless(through, kind)
+    assert (tmp_path / "tiny/best.json").read_text() == (through / "best.json").read_text()
+    expected, found = weights(through), weights(tmp_path / "tiny")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert {p.name for p in checkpoints.iterdir()} == {p.name for p in (through / "ckpt_model").iterdir()}
+
+
+def test_resuming_needs_as_many_processes(data: Path, through: Path, tmp_path: Path) -> None:
+    """DeepSpeed splits the optimiser's states by their number."""
+    shutil.copytree(through, tmp_path / "tiny")
+    shards = sorted((tmp_path / "tiny/ckpt_model/step4").glob("*optim_states.pt"))
+    shutil.copy(shards[0], shards[0].with_name("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"))
+    with pytest.raises(SystemExit, match="written by 2 processes, this run has 1"):
+        train_read.main(command(data, tmp_path, "tiny", "--auto_resume", epochs=3))
+
+
+def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    """Else a resumed run's curve would run twice over the same steps."""
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\n{"step": 2, "lo')
+    drop_records(file, after_step=2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+# ------------------------------------------------------------------------------------------------ ZeRO-3 and offload
+
+
+@pytest.mark.parametrize("ways", [["--offload", "optimizer"], ["--zero_stage", "3", "--offload", "all"]], ids=" ".join)
+def test_offload_changes_no_number(data: Path, through: Path, tmp_path: Path, ways: list[str]) -> None:
+    """Where states and weights rest decides memory, not results."""
+    train_read.main(command(data, tmp_path, "tiny", *ways, save_every=10))
+    expected, found = weights(through), weights(tmp_path / "tiny")
+    assert expected.keys() == found.keys()
+    before = READForCausalLM.from_pretrained(CKPT / "read_tiny", vision_tower=CKPT / "clip_tiny").state_dict()
+    for name, tensor in expected.items():
+        # Weight by weight Adam blows up the rounding of gradients that are nearly zero; what was learnt, as a whole, agrees.
+        if name in before and not name.endswith("k_proj.bias"):  # whose gradient is zero: softmax cancels it
+            moved = (tensor - before[name]).norm()
+            assert (found[name] - tensor).norm() <= 0.02 * moved, name
+    losses = [[line["loss"] for line in records(folder, "train")] for folder in (through, tmp_path / "tiny")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert [line["ciou"] for line in records(tmp_path / "tiny", "val")] == [
+        line["ciou"] for line in records(through, "val")
+    ]
+
+
+def test_two_processes_of_zero3_train_as_one_and_resume(data: Path, tmp_path: Path) -> None:
+    """Three pictures for two processes: one of them must go along while the other measures the last."""
+    one = flags(data, tmp_path, "one", batch_size=1, grad_accumulation_steps=2)
+    train_read.main([*one, "--max_steps", "2"])
+    two = flags(data, tmp_path, "two", batch_size=1, zero_stage=3)
+    launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29617"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for steps in ("1", "2"):
+        subprocess.run(
+            [*launch, "train_read.py", *two, "--max_steps", steps, "--auto_resume"],
+            cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+    expected, found = weights(tmp_path / "one", 2), weights(tmp_path / "two", 2)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+    scores = [records(tmp_path / name, "val")[-1] for name in ("one", "two")]
+    assert scores[0]["images"] == scores[1]["images"] == 3
+    assert scores[0]["ciou"] == pytest.approx(scores[1]["ciou"], abs=1e-3)
+
+
+def test_where_weights_are_split_all_processes_call_sam_equally_often() -> None:
+    """A picture without a [SEG] is drawn for nothing, in ZeRO-3 alone; loss and gradients stay what they were."""
+    batch = tiny_batch([prompt(5, SEG, 2), prompt(9, 2)])
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] < 0, -100)
+    batch["masks"] = [torch.ones(40, 56, dtype=torch.uint8)]
+    found = {}
+    for even in (False, True):
+        model = tiny_read().train()
+        add_lora(model, dropout=0.0)
+        set_trainable(model)
+        model.even_calls = even
+        calls = []
+        model.sam.image_encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        loss = model(**batch).loss
+        loss.backward()
+        found[even] = (len(calls), loss.item(), model.llava.lm_head.weight.grad)
+    assert (found[False][0], found[True][0]) == (1, 2)
+    assert found[False][1] == found[True][1]
+    torch.testing.assert_close(found[False][2], found[True][2])
+
+
+# ------------------------------------------------------------------------------------------------ few bits, adapters
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_in_few_bits_trains_resumes_and_merges(data: Path, tmp_path: Path, bits: int) -> None:
+    """The merged model answers as the trained one, whose frozen weights were rounded; other layers were not."""
+    line = command(data, tmp_path, "tiny", f"--load_in_{bits}bit", "--auto_resume", "--no_eval", lora_dropout=0.0)
+    train_read.main([*line, "--max_steps", "1"])
+    train_read.main([*line, "--max_steps", "2"])
+    assert [record["step"] for record in records(tmp_path / "tiny", "train")] == [1, 2]
+    merge.main([str(tmp_path / "tiny"), str(tmp_path / "merged")])
+
+    args = TrainArgs.load(tmp_path / "tiny")
+    trained = READForCausalLM.from_pretrained(args.version, vision_tower=args.vision_tower)
+    quantize_language_model(trained, bits, "cpu")
+    args.configure(trained.config)
+    add_lora(trained, **args.lora())
+    converted = sum(p.dtype in (torch.uint8, torch.int8) for p in trained.parameters())
+    assert converted == 7 * len(trained.llava.model.language_model.layers), "four of attention, three of the MLP"
+    missing, unexpected = trained.load_state_dict(weights(tmp_path / "tiny", 2), strict=False)
+    assert not unexpected and not any("lora" in name for name in missing)
+    merged = READForCausalLM.from_pretrained(tmp_path / "merged")
+    batch = batch_of(args, data)
+    for model in (merged, trained.eval()):
+        model.config.sasp = SaspConfig(enabled=False)  # points are chosen, and choices jump
+    ours, theirs = (model(**batch).segments.mask_logits[0] for model in (merged, trained))
+    # In 8 bits the layers round their inputs too, which no weights can show.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol={4: 1e-4, 8: 5e-2}[bits] * theirs.abs().max().item())
+
+
+def batch_of(args: TrainArgs, data: Path) -> dict:
+    """The first validation picture as the model takes it."""
+    from dataset import build_eval
+    from dataset.collate import collate
+
+    processor = READProcessor.from_pretrained(args.version, vision_tower=args.vision_tower)
+    sample = build_eval("ReasonSeg", "val", data, protocol="forced")[0]
+    return collate([sample], processor, training=False).model_inputs()
+
+
+def test_rounding_stays_when_the_bits_are_undone() -> None:
+    """Merging adds LoRA to the weights it was trained on: rounded, in plain layers."""
+    batch = tiny_batch([prompt(5, SEG, 6)])
+    model = quantize_language_model(tiny_read(), 4, "cpu")
+    rounded = model(**batch).segments.mask_logits[0]
+    plain = dequantize_language_model(model)(**batch).segments.mask_logits[0]
+    torch.testing.assert_close(plain, rounded)
+    assert not torch.allclose(plain, tiny_read()(**batch).segments.mask_logits[0])
+    with pytest.raises(ValueError, match="8 or 4 bits, found 3"):
+        quantize_language_model(tiny_read(), 3, "cpu")
+
+
+def test_adapter_is_one_that_peft_loads(data: Path, through: Path, tmp_path: Path) -> None:
+    """`peft` puts LoRA and all else that trained onto the base: the result answers as the merged model."""
+    merge.main([str(through), str(tmp_path / "adapter"), "--layout", "adapter", "--tag", "last"])
+    merge.main([str(through), str(tmp_path / "merged"), "--tag", "last"])
+    merged = READForCausalLM.from_pretrained(tmp_path / "merged")
+    args = TrainArgs.load(through)
+    base = READForCausalLM.from_pretrained(args.version, vision_tower=args.vision_tower)
+    args.configure(base.config)
+    batch = batch_of(args, data)
+    before = base(**batch).segments.mask_logits[0]
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ours, theirs = (model(**batch).segments.mask_logits[0] for model in (merged, adapted))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, ours, atol=1e-2)
+    size = sum(f.stat().st_size for f in (tmp_path / "adapter").iterdir())
+    assert size < sum(f.stat().st_size for f in (tmp_path / "merged").iterdir())
+
+
+def test_merging_twice_or_with_another_base_is_refused(through: Path, tmp_path: Path) -> None:
+    """LoRA fits one base, once."""
+    merge.main([str(through), str(tmp_path / "merged")])
+    with pytest.raises(SystemExit, match="result of a merge"):
+        merge.main([str(tmp_path / "merged"), str(tmp_path / "again")])
+    shutil.copytree(through, tmp_path / "run")
+    shutil.copytree(CKPT / "read_tiny", tmp_path / "base")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["train"]["version"] = str(tmp_path / "base")
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    merge.main([str(tmp_path / "run"), str(tmp_path / "same")])  # the same weights in another place
+    file = tmp_path / "base/pytorch_model.bin"
+    state = torch.load(file, weights_only=True)
+    state["model.norm.weight"] = state["model.norm.weight"] + 1
+    torch.save(state, file)
+    with pytest.raises(SystemExit, match="does not hold the weights that .* was trained from"):
+        merge.main([str(tmp_path / "run"), str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+# ------------------------------------------------------------------------------------------------ plans and logs
+
+
+def test_dry_run_says_all_and_does_nothing(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Settings, what trains, data, memory; no run folder, no process group."""
+    train_read.main(command(data, tmp_path, "dry", "--dry_run"))
+    said = capsys.readouterr().out
+    for part in ('"lora_r": 4', "SAM mask decoder", "reason_seg ", "4 pictures", "ZeRO-2, --load_in_4bit", "with 2 questions"):
+        assert part in said
+    assert not torch.distributed.is_initialized()
+    assert not (tmp_path / "dry").exists()
+
+
+def test_a_plan_for_7b_needs_none_of_its_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The base is not on this machine and neither is the data; both are said."""
+    train_read.main(["--preset", "read-7b-test", "--dataset_dir", str(tmp_path), "--dry_run"])
+    said = capsys.readouterr().out
+    assert "the published size of liuhaotian/llava-v1.5-7b" in said
+    assert "this would not start: not on disk" in said
+    row = next(line for line in said.splitlines() if line.startswith("ZeRO-2  ")).split()
+    parameters = 7_063_430_000 + 641_090_000  # LLaVA-1.5-7B with CLIP-L, and SAM ViT-H
+    assert float(row[1]) == pytest.approx(parameters * 2 / 2**30, rel=0.03)
+
+
+def planned(model: READForCausalLM, **ways: object) -> memory.Needs:
+    return memory.needs(model, 0.0, **ways)
+
+
+def test_plan_counts_what_a_run_holds(through: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, gradients and optimiser states of the plan are, byte for byte, those of a real engine."""
+    held = {}
+
+    def look(args, engine, *_):
+        states = engine.optimizer.optimizer.state.values()
+        held["states"] = sum(t.nbytes for s in states for t in s.values() if t.ndim)
+        held["copies"] = sum(p.nbytes for p in engine.optimizer.single_partition_of_fp32_groups)
+        held["weights"] = sum(p.nbytes for p in engine.module.parameters())
+        held["trained"] = sum(p.nbytes for p in engine.module.parameters() if p.requires_grad)
+
+    monkeypatch.setattr(train_read, "measure", look)
+    train_read.main(command(data, tmp_path, "tiny", "--max_steps", "1"))
+    args = TrainArgs.load(tmp_path / "tiny")
+    config, _ = memory.base_config(args.version, args.vision_tower)
+    model = memory.on_meta(config, torch.float32)
+    add_lora(model, **args.lora())
+    set_trainable(model)
+    plan = planned(model)
+    assert plan.weights * memory.GIB == pytest.approx(held["weights"])
+    assert plan.gradients * memory.GIB == pytest.approx(held["trained"])
+    assert plan.optimizer * memory.GIB == pytest.approx(held["states"] + held["copies"], rel=1e-3)  # padding of partitions
+    assert planned(model, bits=4).weights < planned(model, bits=8).weights < plan.weights
+    assert planned(model, offload="optimizer").optimizer == 0
+    assert planned(model, processes=8).optimizer == pytest.approx(plan.optimizer / 8)
+
+
+@pytest.mark.parametrize("tokens", [40, 160])
+def test_planned_activations_are_those_of_a_real_forward(tokens: int) -> None:
+    """What the meta device counts is what autograd keeps on a device with memory; checkpointing keeps less."""
+    shape = memory.StepShape(pictures=2, questions=4, tokens=tokens)
+    real, meta = tiny_read().train(), memory.on_meta(tiny_config(), torch.float32)
+    for model in (real, meta):
+        add_lora(model)
+        set_trainable(model)
+    for checkpointing in (False, True):
+        counted = [memory.activation_bytes(model, shape, checkpointing) for model in (meta, real)]
+        assert counted[0] == pytest.approx(counted[1], rel=0.03)
+    assert memory.activation_bytes(meta, shape, True) < memory.activation_bytes(meta, shape, False)
+
+
+def test_curves_go_to_wandb_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of W&B for one run of ours, under the same id when it is resumed; the package itself is not needed here."""
+    seen: list = []
+
+    class Stub:
+        def init(self, **given):
+            seen.append(given)
+            return self
+
+        def log(self, values, step):
+            seen.append((step, values))
+
+        def finish(self):
+            seen.append("finished")
+
+    monkeypatch.setitem(sys.modules, "wandb", Stub())
+    (tmp_path / "config.json").write_text('{"train": {"lr": 1}}')
+    for _ in range(2):
+        log = RunLog(tmp_path, after_step=4, wandb_name="mine")
+        log.record("train", 5, {"loss": 2.0})
+        log.close()
+    assert seen[1:3] == [(5, {"train/loss": 2.0}), "finished"]
+    assert seen[0] == seen[3]
+    assert seen[0]["name"] == "mine" and seen[0]["config"] == {"train": {"lr": 1}}
