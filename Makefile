@@ -51,6 +51,7 @@ demo: setup
 	@printf '\n== 3/7 fine-tuning with DeepSpeed and LoRA for $(TRAIN_SECONDS) s\n'
 	bash train_read.sh mini --version $(BASE) --dataset_dir $(DATA) --log_base_dir $(DEMO) --exp_name train --overwrite --no_eval \
 	  --time_limit_s $(TRAIN_SECONDS)
+	python -m utils.plot $(DEMO)/train
 	@printf '\n== 4/7 merging LoRA into the base\n'
 	bash merge_lora_weight.sh $(DEMO)/train $(DEMO)/merged --overwrite
 	@printf '\n== 5/7 after: as in 2\n'

@@ -24,12 +24,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_model_flags, configure_sasp, one_line, torch_dtype
+from utils.cli import DEFAULT_MODEL, add_model_flags, load_model, one_line
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from model import READForCausalLM, READGeneration, READProcessor
+    from model import READGeneration
     from utils.conversation import Turns
 
 QUIT = ("quit", "exit", "q")
@@ -115,21 +115,10 @@ class Demo:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        from model import READForCausalLM, READProcessor
-
         self.options = options
         self.version = options.version or DEFAULT_MODEL
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.processor: READProcessor = READProcessor.from_pretrained(self.version, vision_tower=options.vision_tower)
-        self.model: READForCausalLM = READForCausalLM.from_pretrained(
-            self.version,
-            dtype=torch_dtype(options.precision, device.type == "cuda"),
-            attn_implementation=options.attn_implementation,
-            vision_tower=options.vision_tower,
-            preset=options.preset,
-        )
-        configure_sasp(self.model.config, options)
-        self.model.to(device)
+        self.model, self.processor = load_model(options, device)
         self.conv_type = options.conv_type or self.model.config.conv_type
         self.turns: Turns = []
 

@@ -14,11 +14,12 @@ import argparse
 import json
 import math
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from utils.cli import DEFAULT_MODEL, add_model_flags, configure_sasp, one_line, torch_dtype
+from utils.cli import DEFAULT_MODEL, add_model_flags, load_model, one_line
 
 RELEASED_WORDING = "vicuna_v1"
 """What the original's generation said, unlike its training (§8-1)."""
@@ -62,7 +63,6 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from dataset import build_eval
-    from model import READForCausalLM, READProcessor
     from utils import distributed
     from utils.evaluate import evaluate
 
@@ -77,17 +77,8 @@ def main(argv: list[str] | None = None) -> int:
                        seed=options.seed)
             for name, split in pairs
         ]  # fmt: skip
-        processor = READProcessor.from_pretrained(options.version, vision_tower=options.vision_tower)
-        model = READForCausalLM.from_pretrained(
-            options.version,
-            dtype=torch_dtype(options.precision, world.device.type == "cuda"),
-            attn_implementation=options.attn_implementation,
-            vision_tower=options.vision_tower,
-            preset=options.preset,
-        ).to(world.device)
-        configure_sasp(model.config, options)
+        model, processor = load_model(options, world.device)
         if options.cache_dir:
-            model.requires_grad_(False)
             model.cache_sam_features(options.cache_dir)
     except (OSError, ValueError) as error:  # CheckpointError is a ValueError
         raise SystemExit(f"test_read.py: {one_line(error)}") from error
@@ -101,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             scores = evaluate(
                 model, processor, samples, protocol=options.protocol, compat=options.compat, conv_type=options.conv_type,
                 rank=world.rank, world=world.size, max_new_tokens=options.max_new_tokens,
-                predictions_path=options.out / f"predictions_{Path(name).name}_{split}.jsonl", chunk=options.chunk,
+                predictions_path=options.out / f"predictions_{file_name(name)}_{split}.jsonl", chunk=options.chunk,
                 workers=options.workers,
             )  # fmt: skip
         except (OSError, ValueError) as error:  # a picture or an annotation that is missing or damaged
@@ -114,6 +105,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"written: {options.out / 'results.json'}")
     distributed.stop()
     return 0
+
+
+def file_name(name: str) -> str:
+    """A data set's name as part of a file's; of own data it is a path."""
+    return re.sub(r"[^\w.+-]+", "_", name).strip("_")
 
 
 def split_name(entry: str) -> tuple[str, str]:
@@ -141,6 +137,7 @@ def write_results(options: argparse.Namespace, model: Any, results: list[dict[st
         "preset": options.preset,
         "sasp": dataclasses.asdict(model.config.sasp),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "bits": options.bits,
         "dataset_dir": str(options.dataset_dir),
         "limit": options.limit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},

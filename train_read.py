@@ -5,21 +5,22 @@
     python train_read.py --preset mini --eval_only                  validation alone: no training data, no optimiser
     python train_read.py --preset mini --dry_run                    settings, what trains, data and memory; trains nothing
 
-DeepSpeed ZeRO-2 with the published settings (protocol §3). A run lives in LOG_BASE_DIR/EXP_NAME:
+DeepSpeed with the published settings (ZeRO-2, protocol §3) unless flags say otherwise. A run lives in LOG_BASE_DIR/EXP_NAME:
 
     config.json    the resolved settings, which merging reads back; trainable.txt, what trains and what is frozen
     log.jsonl, events.*    losses and scores: as JSON lines, and for TensorBoard
     ckpt_model/    DeepSpeed checkpoints `step<N>`: the last and the best, no others
     best.json      which of them is the best (by cIoU), and its scores
 
-Started again with --auto_resume, a run goes on from its last checkpoint and ends with the numbers of one that was never
-interrupted: the order of the data is a function of (seed, epoch, index), dropout of (seed, forward pass, rank).
+Started again with --auto_resume, a run goes on from its last checkpoint and computes what one does that is never interrupted:
+the order of the data is a function of (seed, epoch, index), dropout of (seed, forward pass, rank).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     with plain_errors("train_read.py"):
         args = TrainArgs.resolve(given, get_preset(given["preset"]) if given.get("preset") else None)
     if args.dry_run:
+        if int(os.environ.get("RANK", 0)) > 0:  # under a launcher one process speaks
+            return
         with plain_errors("train_read.py"):
             dry_run(args)
         return
@@ -67,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     log = RunLog(None, world.is_main)
     try:
         with plain_errors("train_read.py"):
+            check_packages(args)
             check_run_folder(args)
             train_data, val_data = open_data(args)  # what is missing on disk shows before minutes go into loading a model
             distributed.seed_everything(args.seed)  # the same on all ranks: new weights must agree
@@ -74,11 +78,15 @@ def main(argv: list[str] | None = None) -> None:
         if args.eval_only:
             validate(args, model, processor, val_data, world, log, step=0)
             return
-        make_run_folder(args, model, world)
-        engine = build_engine(args, model)
+        make_run_folder(args, world)
+        engine = build_engine(args, model, world.device)
         with plain_errors("train_read.py"):
             resume(args, engine, world, log)
-        log = RunLog(args.run_dir, world.is_main, engine.global_steps, args.exp_name if args.use_wandb else None)
+        write_settings(args, engine.module, world)
+        log = RunLog(
+            args.run_dir, world.is_main, engine.global_steps, (read_best(args.run_dir) or {}).get("measured_step", 0),
+            wandb_name=args.exp_name if args.use_wandb else None,
+        )  # fmt: skip
         train(args, engine, processor, build_loader(args, train_data, processor, world), val_data, world, log)
     finally:
         log.close()
@@ -88,8 +96,18 @@ def main(argv: list[str] | None = None) -> None:
 # ------------------------------------------------------------------------------------------------ build
 
 
+def check_packages(args: TrainArgs) -> None:
+    """Says at once that a package is missing which a flag needs and the run would import late."""
+    needed = {"wandb": args.use_wandb, "bitsandbytes": bool(args.quantized)}
+    for package, wanted in needed.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"the flags given need the package {package}: pip install {package}")
+
+
 def check_run_folder(args: TrainArgs) -> None:
     """Refuses to mix two runs in one folder, and to continue with a model of another shape or onto another base."""
+    from model.checkpoint import check_base
+
     if args.eval_only:
         return
     found = has_checkpoint(args.run_dir / "ckpt_model")
@@ -112,7 +130,8 @@ def check_run_folder(args: TrainArgs) -> None:
     if args.resume or (args.auto_resume and found):
         before = TrainArgs.load(source)
         names = (
-            "version", "precision", "load_in_4bit", "load_in_8bit", "zero_stage", "lora_r", "lora_alpha",
+            "version", "vision_tower", "vision_pretrained", "precision", "load_in_4bit", "load_in_8bit", "zero_stage",
+            "lora_r", "lora_alpha",
             "lora_target_modules", "train_mask_decoder",
         )  # fmt: skip
         changed = [
@@ -122,6 +141,7 @@ def check_run_folder(args: TrainArgs) -> None:
         ]
         if changed:
             raise ValueError(f"the checkpoint of {source} does not fit these settings:\n" + "\n".join(changed))
+        check_base(source, args)
 
 
 def dry_run(args: TrainArgs) -> None:
@@ -144,22 +164,22 @@ def dry_run(args: TrainArgs) -> None:
         tokens=min(args.model_max_length, config.num_patches + memory.TOKENS_BESIDE_IMAGE),
     )
     card = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
-    print(f"\n{memory.table(model, shape, args.quantized, args.bucket_size, card)}")
+    asked = (args.zero_stage, args.offload, args.quantized)
+    print(f"\n{memory.table(model, shape, asked, args.bucket_size, card)}")
     print("\ndata")
     try:
         mixture, val_data = open_data(args)
-        for (name, rate), members in zip(args.mixture(), mixture.sets, strict=True):
-            print(f"{name:<22}{len(members):>9} pictures, rate {rate:g}")
+        rates = dict(args.mixture())
+        for name, members in zip(mixture.names, mixture.sets, strict=True):
+            print(f"{name:<22}{len(members):>9} pictures, rate {rates[name]:g}")
         if val_data is not None:
             print(f"{args.val_dataset + '|' + args.val_split:<22}{len(val_data):>9} pictures to validate on")
     except (OSError, ValueError) as error:  # what is missing is part of the answer, not the end of it
         print(f"this would not start: {error}")
 
 
-def make_run_folder(args: TrainArgs, model: READForCausalLM, world: World) -> None:
-    """The run's folder, with the settings and with what trains; a run that is not continued leaves nothing behind."""
-    from model.checkpoint import fingerprint
-    from model.lora import trainable_report
+def make_run_folder(args: TrainArgs, world: World) -> None:
+    """The run's folder; a run that is not continued leaves nothing behind."""
     from utils import distributed
 
     run = args.run_dir
@@ -171,10 +191,19 @@ def make_run_folder(args: TrainArgs, model: READForCausalLM, world: World) -> No
             for stale in [*run.glob("log.jsonl"), *run.glob("events.*"), *run.glob("best.json")]:
                 stale.unlink()  # of a run that ended before its first checkpoint
         run.mkdir(parents=True, exist_ok=True)
-        base = fingerprint(args.version)  # merging refuses another base
-        args.save(run / CONFIG_NAME, command=sys.argv, world_size=world.size, versions=package_versions(), base=base)
-        (run / "trainable.txt").write_text(trainable_report(model) + "\n")
     distributed.barrier()
+
+
+def write_settings(args: TrainArgs, model: READForCausalLM, world: World) -> None:
+    """config.json and trainable.txt of a run that can start; one that cannot be resumed keeps those it had."""
+    from model.checkpoint import fingerprint
+    from model.lora import trainable_report
+
+    if world.is_main:
+        base = fingerprint(args.version, args.vision_tower, args.vision_pretrained)  # merging refuses another
+        beside = {"command": sys.argv, "world_size": world.size, "versions": package_versions(), "base": base}
+        args.save(args.run_dir / CONFIG_NAME, **beside)
+        (args.run_dir / "trainable.txt").write_text(trainable_report(model) + "\n")
 
 
 def open_data(args: TrainArgs) -> tuple[Any, Any]:
@@ -248,6 +277,8 @@ def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCaus
         model.requires_grad_(False)
     if args.cache_dir:
         model.cache_sam_features(args.cache_dir)
+    if args.zero_stage == 3 and not args.eval_only:
+        return model, processor  # the engine moves it to the device piece by piece
     return model.to(world.device), processor
 
 
@@ -317,10 +348,13 @@ def train(
     args: TrainArgs, engine: Any, processor: READProcessor, loader: Any, val_data: Any, world: World, log: RunLog
 ) -> None:
     """Epochs of training, each followed by validation and a checkpoint, until the steps or the time are used up."""
+    from utils import distributed
+
     budget, step = Budget(args, world), engine.global_steps
-    if (args.run_dir / "ckpt_model" / f"step{step}").is_dir() and is_measured_after(args, step):
-        if (read_best(args.run_dir) or {}).get("measured_step") != step:  # it was stopped between saving and measuring
-            measure(args, engine, processor, val_data, world, log)
+    there = (args.run_dir / "ckpt_model" / f"step{step}").is_dir()
+    late = there and is_measured_after(args, step) and (read_best(args.run_dir) or {}).get("measured_step") != step
+    if distributed.from_main(late, world.device):  # it was stopped between saving and measuring
+        measure(args, engine, processor, val_data, world, log)
     over = budget.steps_spent(step)
     while not over:
         train_epoch(args, engine, loader, budget, world, log)
@@ -413,7 +447,9 @@ def train_epoch(args: TrainArgs, engine: Any, loader: Any, budget: Budget, world
             step = engine.global_steps
             bar.update()
             budget.cap_learning_rate(engine.optimizer)
-            if step % args.print_freq == 0:
+            saves = bool(args.save_every) and step % args.save_every == 0 and not is_measured_after(args, step)
+            # What a checkpoint or an epoch ends is recorded before it, so that a resumed run's records are the same.
+            if saves or step % args.print_freq == 0 or is_measured_after(args, step):
                 means = mean_over_ranks(recent, world)
                 speed = (time.monotonic() - since) / (step - since_step)
                 since, since_step = time.monotonic(), step
@@ -427,7 +463,7 @@ def train_epoch(args: TrainArgs, engine: Any, loader: Any, budget: Budget, world
                 recent.reset()
             if budget.spent(step):
                 break
-            if args.save_every and step % args.save_every == 0 and not is_measured_after(args, step):
+            if saves:
                 save(args, engine, world)
     means = mean_over_ranks(whole, world)
     log.say(f"step {engine.global_steps}: mean of the epoch " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))

@@ -63,7 +63,7 @@ def build_train(
         "reason_seg": [reason_seg_data],
         "own": own_data.split("||"),
     }
-    sets, kept, missing = [], [], []
+    sets, kept, missing = [], {}, []
     for name, rate in zip(dataset, rates, strict=True):
         there = []
         for member in members[name]:
@@ -73,14 +73,14 @@ def build_train(
                 missing.append(f"{name}, {member}: {error}")
         if there:
             sets.append(Members(there))
-            kept.append(rate)
+            kept[name] = rate
     if missing:
         told = "\n  ".join(missing)
         if not allow_missing or not sets:
             hint = "" if sets else "; nothing of it is left to train on"
             raise FileNotFoundError(f"not on disk (--allow_missing trains without){hint}:\n  {told}")
         logging.getLogger(__name__).warning("trains without what is not on disk:\n  %s", told)
-    return Mixture(sets, kept, seed)
+    return Mixture(sets, list(kept.values()), seed, list(kept))
 
 
 def _open_member(family: str, member: str, dataset_dir: str | Path, k: int, reason_seg_ignore: str) -> Drawable:

@@ -38,12 +38,14 @@ class Members:
 class Mixture:
     """Training sets, each drawn from in proportion to its rate."""
 
-    def __init__(self, sets: Sequence[Drawable], rates: Sequence[float], seed: int = 0) -> None:
+    def __init__(
+        self, sets: Sequence[Drawable], rates: Sequence[float], seed: int = 0, names: Sequence[str] = ()
+    ) -> None:
         if len(sets) != len(rates):
             raise ValueError(f"{len(sets)} data sets but {len(rates)} sample rates")
         if not rates or min(rates) < 0 or sum(rates) <= 0:
             raise ValueError(f"sample rates must not be negative, and one must be above 0: {list(rates)}")
-        self.sets, self.seed = list(sets), seed
+        self.sets, self.seed, self.names = list(sets), seed, list(names)
         self.shares = np.asarray(rates, dtype=float) / sum(rates)
 
     def __len__(self) -> int:

@@ -65,9 +65,10 @@ from pycocotools import mask as coco_mask
 from utils.image import read_image
 
 from . import templates
+from .draw import choose, pick
 from .reason_seg import TRUE_SHARE, draw_mask, question, read_annotation
 from .refer_api import rle
-from .sem_seg import MODE_SHARES, choose, pick
+from .sem_seg import MODE_SHARES
 from .types import Sample
 
 FORMS = "own data is a folder with questions.csv or questions.jsonl, a COCO .json, or a folder of LabelMe .json beside pictures"
@@ -439,7 +440,8 @@ def _data_files(path: Path) -> list[Path]:
     """The files of a folder, or the file itself, that could be own data."""
     if not path.is_dir():
         return [path] if path.suffix.lower() in (".csv", ".jsonl", ".json") else []
-    return [path / name for name in TABLES if (path / name).is_file()] + sorted(path.glob("*.json"))
+    noted = sorted(path.glob("instances_*.json")) or sorted(path.glob("*.json"))  # COCO's folder has captions too
+    return [path / name for name in TABLES if (path / name).is_file()] + noted
 
 
 def _open(path: Path, files: list[Path], within: str | None = None) -> dict[str, Callable[[], OwnSplit]]:

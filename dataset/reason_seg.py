@@ -13,6 +13,7 @@ import numpy as np
 from utils.image import read_image
 
 from . import templates
+from .draw import choose, pick
 from .types import Sample
 
 IGNORE = 255
@@ -102,10 +103,8 @@ def list_files(dataset_dir: str | Path, splits: Sequence[str]) -> list[tuple[Pat
 def question(text: str, is_sentence: bool, rng: np.random.Generator) -> str:
     """A training question around a sentence (as it is) or a phrase (in small letters)."""
     if is_sentence:
-        pool = templates.LONG_QUESTION
-        return pool[rng.integers(len(pool))].format(sent=text)
-    pool = templates.SHORT_QUESTION
-    return pool[rng.integers(len(pool))].format(class_name=text.lower())
+        return pick(templates.LONG_QUESTION, rng).format(sent=text)
+    return pick(templates.SHORT_QUESTION, rng).format(class_name=text.lower())
 
 
 class ReasonTraining:
@@ -131,11 +130,10 @@ class ReasonTraining:
         size = image.shape[:2]
         false = note.false_premises and rng.random() > TRUE_SHARE
         pool = note.false_premises if false else [(text, note.is_sentence, None) for text in note.texts]
-        chosen = [pool[i] for i in rng.choice(len(pool), min(self.k, len(pool)), replace=False)]
+        chosen = choose(pool, self.k, rng)
         conversations = []
         for text, is_sentence, reply in chosen:
-            answers = templates.LONG_ANSWER
-            reply = reply if reply is not None else answers[rng.integers(len(answers))]
+            reply = reply if reply is not None else pick(templates.LONG_ANSWER, rng)
             conversations.append([(question(text, is_sentence, rng), reply)])
         mask = draw_mask(note.shapes, *size)
         if self.ignore == "background":

@@ -10,6 +10,7 @@ import numpy as np
 from utils.image import read_image
 
 from . import templates
+from .draw import choose, pick
 from .refer_api import Refer, ReferImage
 from .types import Sample
 
@@ -29,8 +30,7 @@ class ReferTraining:
         """A random picture with up to `k` different expressions."""
         refer = self.refer
         picture = self.pictures[rng.integers(len(self.pictures))]
-        count = min(self.k, len(picture.sentences))
-        chosen = [picture.sentences[i] for i in rng.choice(len(picture.sentences), count, replace=False)]
+        chosen = choose(picture.sentences, self.k, rng)
         path = refer.image_dir / picture.file_name
         image = read_image(path)
         masks = [refer.mask(s["ann_id"], *image.shape[:2]) for s in chosen if s["exists"]]
@@ -46,8 +46,7 @@ class ReferTraining:
 
 
 def _question(text: str, rng: np.random.Generator) -> str:
-    pool = templates.SHORT_QUESTION
-    return pool[rng.integers(len(pool))].format(class_name=text.strip().lower())
+    return pick(templates.SHORT_QUESTION, rng).format(class_name=text.strip().lower())
 
 
 def answer(sentence: dict[str, Any], rng: np.random.Generator, name: str) -> str:
@@ -61,7 +60,7 @@ def answer(sentence: dict[str, Any], rng: np.random.Generator, name: str) -> str
         pool, slots = templates.CORRECT_ANSWER, {"class_name": text, "gt_name": sentence["gt_sent"].strip().lower()}
     else:
         pool, slots = templates.NEG_ANSWER, {"class_name": text}
-    return pool[rng.integers(len(pool))].format(**slots)
+    return pick(pool, rng).format(**slots)
 
 
 class ReferEvaluation:

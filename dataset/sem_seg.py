@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 from utils.image import read_image
 
 from . import templates
+from .draw import choose, pick
 from .types import Sample
 
 UNLABELLED = 255
@@ -246,13 +247,3 @@ class SemSegTraining:
             questions=asked,
             meta={"dataset": self.name, "split": "train", "mode": mode},
         )
-
-
-def choose(items: Sequence, count: int, rng: np.random.Generator) -> list:
-    """`count` different items, or all if there are fewer, in a random order."""
-    return [items[i] for i in rng.choice(len(items), min(count, len(items)), replace=False)]
-
-
-def pick(pool: Sequence[str], rng: np.random.Generator) -> str:
-    """One sentence of a pool."""
-    return pool[rng.integers(len(pool))]

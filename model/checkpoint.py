@@ -149,16 +149,40 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def fingerprint(path: str | Path, samples: int = 64) -> str:
-    """A name for the weights of a folder or hub id: over every tensor's key, shape and `samples` of its values.
+FINGERPRINT_VALUES = 64
+"""Values of each tensor that a fingerprint looks at, evenly spread."""
+
+
+def fingerprint(version: str, vision_tower: str | None = None, sam_checkpoint: str | None = None) -> str:
+    """A name for the weights of a base with the tower and the SAM file given beside it: over keys, shapes and some values.
 
     Quick even for a large base, and another for one that was trained further, whatever its folder is called.
     """
+    files = weight_files(resolve_folder(version))
+    if vision_tower is not None:
+        files += weight_files(_tower_folder(vision_tower, resolve_folder(version)))
+    if sam_checkpoint is not None:
+        files.append(Path(sam_checkpoint))
     digest = hashlib.blake2b(digest_size=16)
-    for key, tensor in sorted(read_tensors(weight_files(resolve_folder(path)))):
-        values = tensor.flatten()[:: max(tensor.numel() // samples, 1)][:samples].float()
+    for key, tensor in sorted(read_tensors(files), key=lambda item: item[0]):
+        step = max(tensor.numel() // FINGERPRINT_VALUES, 1)
+        values = tensor.flatten()[::step][:FINGERPRINT_VALUES].float()
         digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_base(run: Path, args: Any) -> None:
+    """Refuses a base whose weights are no longer those that a run's config.json names.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    before = json.loads((run / "config.json").read_text()).get("base")
+    if before is not None and fingerprint(args.version, args.vision_tower, args.vision_pretrained) != before:
+        raise ValueError(
+            f"{args.version} does not hold the weights that {run} was trained from: LoRA fits its own base alone. Put that "
+            f"base back in its place (its fingerprint is {before})"
+        )
 
 
 def load(

@@ -58,8 +58,9 @@ def trainable_report(model: READForCausalLM) -> str:
     total: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         part = "LoRA" if "lora_" in name else _part(name)
-        # ZeRO-3 leaves empty shells behind; its own count is the true one.
-        count = getattr(parameter, "ds_numel", parameter.numel())
+        # ZeRO-3 leaves empty shells behind, 4 bits are packed by two: their own counts are the true ones.
+        packed = getattr(parameter, "quant_state", None)
+        count = packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
         total[part] += count
         trained[part] += count * parameter.requires_grad
     lines = [f"{'part':<22}{'trained':>14}{'of':>14}"]

@@ -135,8 +135,7 @@ def needs(
     bucket = min(bucket_size, trained)
     if zero_stage == 3:
         stored = (0 if offload == "all" else stored / processes) + min(LIVE_ELEMENTS, whole) * size
-    # One process keeps its gradients whole; several keep a share, and two buckets on their way.
-    gradients = trained * size / processes + (2 * bucket * size if processes > 1 else 0)
+    gradients = (trained / processes + 2 * bucket) * size  # a share, and two buckets on their way to the others
     states = 0 if offload != "none" else 12 * trained / processes  # float32 copy, and AdamW's two moments
     return Needs(stored / GIB, gradients / GIB, states / GIB, activations, sam_encoder_peak(model) / GIB)
 
@@ -227,24 +226,31 @@ WAYS = (
     ("ZeRO-2", 2, "none", None),
     ("ZeRO-2, --offload optimizer", 2, "optimizer", None),
     ("ZeRO-3", 3, "none", None),
+    ("ZeRO-3, --offload optimizer", 3, "optimizer", None),
     ("ZeRO-3, --offload all", 3, "all", None),
     ("ZeRO-2, --load_in_8bit", 2, "none", 8),
     ("ZeRO-2, --load_in_4bit", 2, "none", 4),
+    ("ZeRO-2, 8 bits, --offload optimizer", 2, "optimizer", 8),
     ("ZeRO-2, 4 bits, --offload optimizer", 2, "optimizer", 4),
 )
 
 
 def table(
-    model: READForCausalLM, shape: StepShape, bits: int | None, bucket_size: int, card: float | None = None
+    model: READForCausalLM,
+    shape: StepShape,
+    asked: tuple[int, str, int | None],
+    bucket_size: int,
+    card: float | None = None,
 ) -> str:
     """The memory plan: GiB on each GPU for every way to train, and the smallest card that takes it.
 
     Args:
-        bits: what the run has asked for; its row is marked. card: GiB of the card at hand, if there is one.
+        asked: ZeRO stage, offload and bits of the run; its row is marked. card: GiB of the card at hand, if there is one.
     """
     lines = [
         f"memory plan, GiB on each GPU, for {shape.pictures} pictures with {shape.questions} questions of {shape.tokens} "
-        f"tokens a forward pass, {str(model.dtype).removeprefix('torch.')}; {RESERVE} GiB of each total are CUDA's own",
+        f"tokens a forward pass, {str(model.dtype).removeprefix('torch.')}; {RESERVE} GiB of each total are CUDA's own; "
+        "* as asked for",
         f"{'with gradient checkpointing':<38}{'weights':>8}{'grads':>7}{'optim.':>8}{'activ.':>8}{'SAM':>6}{'total':>8}"
         f"{'card':>6}{'on 8':>8}{'card':>6}{'without':>9}",
     ]
@@ -253,8 +259,9 @@ def table(
         ways = {"bits": way_bits, "zero_stage": stage, "offload": offload, "bucket_size": bucket_size}
         one, eight = (needs(model, saved, **ways, processes=n) for n in (1, 8))
         without = needs(model, kept, **ways)
+        mark = "* " if (stage, offload, way_bits) == asked else "  "
         lines.append(
-            f"{name:<38}{one.weights:>8.1f}{one.gradients:>7.1f}{one.optimizer:>8.1f}{one.activations:>8.1f}"
+            f"{mark + name:<38}{one.weights:>8.1f}{one.gradients:>7.1f}{one.optimizer:>8.1f}{one.activations:>8.1f}"
             f"{one.sam_encoder:>6.1f}{one.total:>8.1f}{smallest_card(one.total):>6}{eight.total:>8.1f}"
             f"{smallest_card(eight.total):>6}{without.total:>9.1f}"
         )

@@ -13,6 +13,9 @@ from torch import nn
 
 from .read import READForCausalLM
 
+OUTLIER = 6.0
+"""From here on LLM.int8() keeps an input feature out of the 8 bits; large models need that (transformers' default too)."""
+
 
 def quantize_language_model(model: READForCausalLM, bits: int, device: torch.device | str) -> READForCausalLM:
     """Converts the blocks of the language model, in place, on `device` (a model moved later keeps its numbers).
@@ -64,7 +67,7 @@ def _quantized(linear: nn.Linear, bits: int) -> nn.Module:
         layer = bitsandbytes.nn.Linear4bit(**size, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
         layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
     else:
-        layer = bitsandbytes.nn.Linear8bitLt(**size, has_fp16_weights=False, device="meta")
+        layer = bitsandbytes.nn.Linear8bitLt(**size, has_fp16_weights=False, threshold=OUTLIER, device="meta")
         layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     layer.bias = linear.bias
     return layer

@@ -109,3 +109,19 @@ def test_missing_data_is_said_before_a_model_is_loaded(tmp_path):
         test_read.main(["--dataset_dir", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"NAME\|SPLIT"):
         test_read.main(["--data", "ReasonSeg"])
+
+
+def test_few_bits_cached_features_and_own_data(data, tmp_path):
+    """The second pass takes SAM's features from disk and counts the same; own data is measured by its path."""
+    own = data / "own/table"
+    command = ["--data", "refcoco|val", f"{own}|val", "--dataset_dir", str(data), "--load_in_8bit", "--workers", "0",
+               "--cache_dir", str(tmp_path / "features"), "--limit", "2"]  # fmt: skip
+    results = []
+    for name in ("first", "second"):
+        assert test_read.main([*command, "--out", str(tmp_path / name)]) == 0
+        record = json.loads((tmp_path / name / "results.json").read_text())
+        assert record["bits"] == 8
+        assert (tmp_path / name / f"predictions_{test_read.file_name(str(own))}_val.jsonl").is_file()
+        results.append([{k: v for k, v in result.items() if k != "seconds"} for result in record["results"]])
+    assert results[0] == results[1]
+    assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 4

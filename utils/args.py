@@ -209,8 +209,7 @@ class TrainArgs:
 
     def configure(self, config: Any) -> None:
         """Puts this run's SasP, loss and wording into a model's READConfig, with which it will be saved."""
-        given = {"enabled": self.sasp} | {name: getattr(self, name) for name in SASP_FLAGS}
-        config.sasp = dataclasses.replace(config.sasp, **{k: v for k, v in given.items() if v is not None})
+        configure_sasp(config, self)
         weights = {name: getattr(self, f"{name}_loss_weight") for name in LOSS_FLAGS}
         config.loss = dataclasses.replace(config.loss, **weights)
         config.conv_type = self.conv_type
@@ -271,6 +270,12 @@ class TrainArgs:
 
 SASP_FLAGS = ("num_points", "t_pos", "t_neg", "down_sample", "geometry")
 LOSS_FLAGS = ("ce", "bce", "dice", "sim")
+
+
+def configure_sasp(config: Any, flags: Any) -> None:
+    """Puts the SasP flags that were given, attributes of `flags`, into a model's READConfig."""
+    given = {"enabled": flags.sasp} | {name: getattr(flags, name) for name in SASP_FLAGS}
+    config.sasp = dataclasses.replace(config.sasp, **{k: v for k, v in given.items() if v is not None})
 
 
 def build_parser(settings: type, description: str) -> argparse.ArgumentParser:

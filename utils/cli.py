@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from utils.args import configure_sasp
+
+if TYPE_CHECKING:
+    from model import READForCausalLM, READProcessor
 
 DEFAULT_MODEL = "assets/read-mini-base"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-SASP_FLAGS = ("num_points", "t_pos", "t_neg", "down_sample", "geometry")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +29,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vision_tower", metavar="CLIP", help="CLIP folder or hub id; overrides the checkpoint's")
     group.add_argument("--preset", help="SasP and wording of a preset of model/presets.py instead of the checkpoint's")
     group.add_argument("--precision", choices=tuple(DTYPES), help="dtype (default: bf16 on a GPU, fp32 without)")
+    bits = group.add_mutually_exclusive_group()
+    for count in (8, 4):
+        bits.add_argument(
+            f"--load_in_{count}bit", dest="bits", action="store_const", const=count,
+            help=f"keep the language model's blocks in {count} bits, for a smaller card",
+        )  # fmt: skip
     group.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2"), default="sdpa")
     group.add_argument("--conv_type", choices=("llava_v1", "vicuna_v1"), help="wording of the system prompt")
     sasp = parser.add_argument_group("SasP: unless given, as the checkpoint was trained")
@@ -37,10 +46,27 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     sasp.add_argument("--geometry", choices=("released", "exact"), help="place of the points")
 
 
-def configure_sasp(config: Any, options: argparse.Namespace) -> None:
-    """Puts the SasP flags that were given into a model's READConfig."""
-    given = {"enabled": options.sasp} | {name: getattr(options, name) for name in SASP_FLAGS}
-    config.sasp = dataclasses.replace(config.sasp, **{k: v for k, v in given.items() if v is not None})
+def load_model(options: argparse.Namespace, device: Any) -> tuple[READForCausalLM, READProcessor]:
+    """The model and the processor that the flags of `add_model_flags` mean, on a torch device, in evaluation mode.
+
+    Raises:
+        OSError, ValueError: the checkpoint cannot be loaded; the message says why.
+    """
+    from model import READForCausalLM, READProcessor, quantize_language_model
+
+    version = options.version or DEFAULT_MODEL
+    processor = READProcessor.from_pretrained(version, vision_tower=options.vision_tower)
+    model = READForCausalLM.from_pretrained(
+        version,
+        dtype=torch_dtype(options.precision, device.type == "cuda"),
+        attn_implementation=options.attn_implementation,
+        vision_tower=options.vision_tower,
+        preset=options.preset,
+    )
+    configure_sasp(model.config, options)
+    if options.bits:
+        quantize_language_model(model, options.bits, device)
+    return model.requires_grad_(False).to(device), processor
 
 
 def torch_dtype(precision: str | None, on_gpu: bool = False) -> Any:

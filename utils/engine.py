@@ -27,12 +27,20 @@ LATEST = "latest"
 """The file beside the checkpoints that names the last one that is whole; DeepSpeed's own tools read it too."""
 
 
-def build_engine(args: TrainArgs, model: torch.nn.Module) -> Any:
-    """The engine of a model; only what trains is handed to the optimiser."""
+def build_engine(args: TrainArgs, model: torch.nn.Module, device: torch.device) -> Any:
+    """The engine of a model; only what trains is handed to the optimiser.
+
+    For ZeRO-3 the model comes in the host's memory: weight by weight goes to the device and is split there, so that no device
+    ever holds all of it.
+    """
     import deepspeed
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config = deepspeed_config(args, sum(parameter.numel() for parameter in trained))
+    if args.zero_stage == 3:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
     return engine
 

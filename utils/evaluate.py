@@ -224,8 +224,9 @@ class _Batches(torch.utils.data.Dataset):
         return index, [self._batch(part) for part in chunks(self.dataset[index], self.chunk)]
 
     def any(self) -> Batch:
-        """One question of the first picture, whosever it is."""
-        return self._batch(next(chunks(self.dataset[0], 1)))
+        """One question of the first picture that has one, whosever it is."""
+        parts = (part for i in range(len(self.dataset)) for part in chunks(self.dataset[i], 1))
+        return self._batch(next(parts))
 
     def _batch(self, part: Sample) -> Batch:
         return self.collate([part], self.processor, training=False, padding=self.padding, conv_type=self.conv_type)

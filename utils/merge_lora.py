@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.args import CONFIG_NAME, TrainArgs
+from utils.args import TrainArgs
 from utils.cli import plain_errors, torch_dtype
 
 if TYPE_CHECKING:
@@ -70,11 +70,14 @@ def merge(options: argparse.Namespace) -> None:
     setup_logging()
     logging.getLogger("model.lora").setLevel(logging.WARNING)  # what trained was said when it was trained
     args = load_run(options.run)
+    if options.layout == "adapter" and args.lora_r == 0:
+        raise ValueError(f"{options.run} trained the whole language model, which is no adapter: merge it into a model")
     check_out(options.out, options.overwrite, needed=[options.run, Path(args.version), options.fp32])
 
     import torch
 
     from model import READForCausalLM, READProcessor, merge_lora, save_adapter
+    from model.checkpoint import check_base
 
     source = options.fp32 or checkpoint_folder(options.run, options.tag)
     trained = read_fp32(options.fp32) if options.fp32 else read_shards(source)
@@ -125,22 +128,6 @@ def load_run(run: Path) -> TrainArgs:
     if (run / "merged_from.json").is_file():
         raise ValueError(f"{run} is the result of a merge, and merging it twice would add LoRA twice: name the run itself")
     return TrainArgs.load(run)
-
-
-def check_base(run: Path, args: TrainArgs) -> None:
-    """Refuses a base that is not the one the run was trained on.
-
-    Raises:
-        ValueError: its weights have changed since.
-    """
-    from model.checkpoint import fingerprint
-
-    before = json.loads((run / CONFIG_NAME).read_text()).get("base")
-    if before is not None and fingerprint(args.version) != before:
-        raise ValueError(
-            f"{args.version} does not hold the weights that {run} was trained from: LoRA fits its own base alone. Put that "
-            f"base back in its place (its fingerprint is {before})"
-        )
 
 
 def check_out(out: Path, overwrite: bool, needed: list[Path | None]) -> None:
@@ -244,6 +231,8 @@ def build_trained_model(args: TrainArgs, trained: dict[str, torch.Tensor]) -> RE
     set_trainable(model, args.train_mask_decoder)
     own = model.state_dict()
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if args.quantized:  # with --save_frozen the checkpoint has the base's packed bits too, which are no weights
+        trained = {name: tensor for name, tensor in trained.items() if name in wanted}
     complaints = [f"missing: {name}" for name in sorted(wanted - set(trained))]
     complaints += [f"unexpected: {name}" for name in sorted(set(trained) - set(own))]
     complaints += [

@@ -5,10 +5,10 @@ Only the main process speaks; on other ranks every call does nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -48,9 +48,11 @@ class RunLog:
     """The voice of one run. With `folder` None (or on another rank than 0) nothing is written."""
 
     def __init__(
-        self, folder: Path | None, is_main: bool = True, after_step: int = 0, wandb_name: str | None = None
-    ) -> None:
-        """`after_step`: the step that a run goes on from; what it logged later, before it was cut off, is forgotten.
+        self, folder: Path | None, is_main: bool = True, after_step: int = 0, measured_step: int = 0,
+        wandb_name: str | None = None,
+    ) -> None:  # fmt: skip
+        """`after_step`: the step that a run goes on from; what it logged later, before it was cut off, is forgotten, and so
+        is a validation after `measured_step`, which will be done again.
 
         `wandb_name` sends the curves to Weights & Biases too, under this name (with WANDB_MODE=offline to RUN/wandb).
 
@@ -65,7 +67,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        drop_records(folder / "log.jsonl", after_step)
+        drop_records(folder / "log.jsonl", after_step, measured_step)
         self._lines = (folder / "log.jsonl").open("a")
         self._curves = SummaryWriter(str(folder), flush_secs=30, purge_step=after_step + 1)
         if wandb_name is not None:
@@ -105,14 +107,15 @@ class RunLog:
             self._wandb = None
 
 
-def drop_records(file: Path, after_step: int) -> None:
-    """Removes what was logged after a step, and half a line at the end, from a log.jsonl."""
+def drop_records(file: Path, after_step: int, measured_step: int) -> None:
+    """Removes from a log.jsonl what was logged after a step, validations after another, and half a line at the end."""
     if not file.is_file():
         return
     kept = []
     for line in file.read_text().splitlines():
         try:
-            if json.loads(line)["step"] > after_step:
+            record = json.loads(line)
+            if record["step"] > (measured_step if record["kind"] == "val" else after_step):
                 continue
         except ValueError:  # cut off while it was written
             continue
@@ -123,8 +126,11 @@ def drop_records(file: Path, after_step: int) -> None:
 
 
 def wandb_id(folder: Path) -> str:
-    """The same for the same run, so that what is resumed goes on in one curve."""
-    return hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+    """Drawn once a run and kept with it, so that what is resumed goes on in one curve."""
+    file = folder / "wandb_id"
+    if not file.is_file():
+        file.write_text(secrets.token_hex(8))
+    return file.read_text()
 
 
 class Averages:

@@ -36,7 +36,7 @@ SPLITS = ("train", "val", "test", "testA", "testB")
 FAMILIES = (
     "reason_seg", "refcoco", "fprefcoco", "vqa", "sem_seg", "refclef", "refcoco+", "refcocog", "R-refcoco",
     "own/table", "own/coco", "own/labelme", "R-refcoco+", "R-refcocog", "fprefcoco+", "fprefcocog",
-)  # fmt: skip  # fmt: skip
+)  # fmt: skip
 
 
 def _rng(seed: int, family: str, split: str, number: int) -> np.random.Generator:
