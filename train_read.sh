@@ -7,7 +7,7 @@
 #   HOSTFILE=hosts bash train_read.sh read-13b-stage1    several nodes; a line of the file is `node1 slots=8`
 #
 # With several GPUs, with NUM_PROCS or HOSTFILE, the deepspeed launcher starts one process on each; else it is plain python.
-# Nodes are reached by pdsh over ssh and need the same folder, environment and data in the same place.
+# Nodes are reached by pdsh over ssh and share this folder (checkpoints too), the environment and the data.
 # `bash train_read.sh mini --help` lists the flags, model/presets.py what each preset sets. Paths count from here.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -212,7 +212,7 @@ def ratios(found: dict[str, list[Times]]) -> dict[str, Times]:
         f"{name} / {base}": {
             part: statistics.median(t[part] / b[part] for t, b in zip(found[name], found[base], strict=True))
             for part in PARTS
-            if all(b[part] > 0 for b in found[base])
+            if part != "SasP" and all(b[part] > 0 for b in found[base])  # with SasP off there is nothing to compare with
         }
         for name, base in COMPARED
         if name in found

@@ -497,6 +497,9 @@ def export(args: argparse.Namespace) -> None:
     """The base as a folder of fp16 safetensors, loadable on its own, and how it was learnt, in curve.jsonl."""
     model, processor = build_model(args.start or args.out)
     load_parts(model, args.out, args.start)
+    if args.average is not None:
+        other = READForCausalLM.from_pretrained(args.average).state_dict()
+        model.load_state_dict({name: (tensor + other[name]) / 2 for name, tensor in model.state_dict().items()})
     model.config.loss = get_preset("mini").loss
     model.half().save_pretrained(args.to, processor=processor)
     with (args.to / "curve.jsonl").open("w") as curve:
@@ -513,6 +516,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/base", help="folder of the stages' weights and logs")
     parser.add_argument("--to", type=Path, default=ROOT / "assets/read-mini-base", help="folder that `export` writes")
     parser.add_argument("--start", type=Path, help="goes on from this whole model, e.g. assets/read-mini-base")
+    parser.add_argument("--average", type=Path, help="export: the mean with the weights of this whole model")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch_size", type=int, default=8, help="scenes a step")
