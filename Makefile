@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.read-$(shell cksum < requirements.txt | cut -d' ' -f1)
 
 # The demo: seconds of fine-tuning, pictures of each data set that are measured, places, and what is asked at the end.
-TRAIN_SECONDS ?= 180
+TRAIN_SECONDS ?= 120
 LIMIT ?= 40
 DEMO ?= runs/demo
 DATA ?= data/mini
@@ -51,7 +51,6 @@ demo: setup
 	@printf '\n== 3/7 fine-tuning with DeepSpeed and LoRA for $(TRAIN_SECONDS) s\n'
 	bash train_read.sh mini --version $(BASE) --dataset_dir $(DATA) --log_base_dir $(DEMO) --exp_name train --overwrite --no_eval \
 	  --time_limit_s $(TRAIN_SECONDS)
-	python -m utils.plot $(DEMO)/train
 	@printf '\n== 4/7 merging LoRA into the base\n'
 	bash merge_lora_weight.sh $(DEMO)/train $(DEMO)/merged --overwrite
 	@printf '\n== 5/7 after: as in 2\n'

@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any
 
 from utils.args import CONFIG_NAME, TrainArgs, parse_flags
 from utils.cli import plain_errors, torch_dtype
-from utils.engine import has_checkpoint
 
 if TYPE_CHECKING:
     from model import READForCausalLM, READProcessor
@@ -107,6 +106,7 @@ def check_packages(args: TrainArgs) -> None:
 def check_run_folder(args: TrainArgs) -> None:
     """Refuses to mix two runs in one folder, and to continue with a model of another shape or onto another base."""
     from model.checkpoint import check_base
+    from utils.engine import has_checkpoint
 
     if args.eval_only:
         return
@@ -181,6 +181,7 @@ def dry_run(args: TrainArgs) -> None:
 def make_run_folder(args: TrainArgs, world: World) -> None:
     """The run's folder; a run that is not continued leaves nothing behind."""
     from utils import distributed
+    from utils.engine import has_checkpoint
 
     run = args.run_dir
     distributed.barrier()  # all ranks have looked at the folder before the first one changes it
@@ -563,7 +564,7 @@ def measure(
 
 def resume(args: TrainArgs, engine: Any, world: World, log: RunLog) -> None:
     """Continues from --resume's last checkpoint, or with --auto_resume from this run's own if there is one."""
-    from utils.engine import load_checkpoint
+    from utils.engine import has_checkpoint, load_checkpoint
 
     folder = (Path(args.resume) if args.resume else args.run_dir) / "ckpt_model"
     if args.resume or (args.auto_resume and has_checkpoint(folder)):
