@@ -587,6 +587,14 @@ def test_without_splits_all_is_train(tmp_path):
             OwnEvaluation(path, "val", "forced")
 
 
+def test_captions_beside_coco_instances_are_passed_over(tmp_path):
+    """COCO's own folder of annotations holds both, and the captions come first by name."""
+    picture(tmp_path / "a.jpg")
+    coco(tmp_path / "instances_train.json", [note(0)])
+    (tmp_path / "captions_train.json").write_text('{"images": [], "annotations": [{"caption": "a cup"}]}')
+    assert len(OwnTraining(tmp_path)) == 1
+
+
 def test_what_is_no_own_data_or_several(tmp_path):
     picture(tmp_path / "pictures/a.jpg"), picture(tmp_path / "pictures/b.jpg")
     (tmp_path / "empty").mkdir()
@@ -594,7 +602,7 @@ def test_what_is_no_own_data_or_several(tmp_path):
     both = table(tmp_path / "both", "a.jpg,m.png,cup")
     coco(both / "a.json", [note(0)])
     labelme(tmp_path / "me/a.json", ("cup", CORNERS))
-    for name in ("instances_train", "captions_train"):
+    for name in ("instances_train", "instances_train2017"):
         coco(tmp_path / f"twice/{name}.json", [note(0)])
     for name in ("a", "b"):
         coco(tmp_path / f"unnamed/{name}.json", [note(0)])
@@ -607,7 +615,7 @@ def test_what_is_no_own_data_or_several(tmp_path):
         ("notes.txt", r"has 1 \.txt: own data is"),
         ("both", "holds questions.csv and a.json: give the path of the file that is meant"),
         ("me/a.json", "a.json is no COCO file: .* and has the fields shapes .of LabelMe files give the folder"),
-        ("twice", "holds 2 files .captions_train.json, instances_train.json.: give the path of one"),
+        ("twice", "holds 2 files .instances_train.json, instances_train2017.json.: give the path of one"),
         ("unnamed", "holds 2 files .a.json, b.json.: give the path of one"),
         ("alias", "several data sets .val, valid."),
         ("over", "several data sets .questions.csv, train.: give the path of one, or move"),
