@@ -12,7 +12,7 @@ drawn without end from the training photographs, so no sample is seen twice and 
 
 `sam` shares no weights with `clip` and `sight` and may run beside them; `sight` goes on from `clip`, `seg` from all. A stage
 that is run again goes on from itself, with --start from a whole model. Needs torch 2.9 or newer (Muon). On several cores,
-`torchrun --nproc_per_node 2 scripts/pretrain_mini.py ...` with one thread each beats two threads: gradients are averaged.
+`torchrun --nproc_per_node 2 -- scripts/pretrain_mini.py ...` with one thread each beats two threads: gradients are averaged.
 """
 
 from __future__ import annotations
