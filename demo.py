@@ -29,7 +29,7 @@ from utils.cli import DEFAULT_MODEL, add_model_flags, load_model, one_line
 if TYPE_CHECKING:
     import numpy as np
 
-    from model import READGeneration
+    from model import EncodedImages, READGeneration
     from utils.conversation import Turns
 
 QUIT = ("quit", "exit", "q")
@@ -121,6 +121,8 @@ class Demo:
         self.model, self.processor = load_model(options, device)
         self.conv_type = options.conv_type or self.model.config.conv_type
         self.turns: Turns = []
+        self.shown: tuple[np.ndarray, EncodedImages] | None = None
+        """The picture asked about last, and what the model knows of it."""
 
     def forget(self) -> None:
         """Begins a new conversation."""
@@ -152,20 +154,32 @@ class Demo:
         turns = [*self.turns, (prompt, None)]
         turns[0] = (with_image(turns[0][0]), turns[0][1])
         ids, _ = self.processor.encode(turns, self.conv_type)
-        views = self.processor.views(picture)
-        device, dtype = self.model.device, self.model.dtype
-        input_ids = torch.tensor([ids], device=device)
-        return self.model.generate_segments(
-            clip_images=views.clip[None].to(device, dtype),
-            sam_images=views.sam[None].to(device, dtype),
-            sam_sizes=[views.sam_size],
-            original_sizes=[views.original_size],
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
-            image_of_question=torch.zeros(1, dtype=torch.long, device=device),
+        input_ids = torch.tensor([ids], device=self.model.device)
+        return self.model.generate_answers(
+            self.encode(picture),
+            input_ids,
+            torch.ones_like(input_ids, dtype=torch.bool),
+            torch.zeros(1, dtype=torch.long, device=self.model.device),
             max_new_tokens=self.options.max_new_tokens,
             force_segment=self.options.force_segment,
         )
+
+    def encode(self, picture: np.ndarray) -> EncodedImages:
+        """What the model knows of a picture; asked about again, it is not looked at again."""
+        import torch
+
+        if self.shown is None or self.shown[0] is not picture:
+            views = self.processor.views(picture)
+            device, dtype = self.model.device, self.model.dtype
+            with torch.no_grad():
+                images = self.model.encode_images(
+                    clip_images=views.clip[None].to(device, dtype),
+                    sam_images=views.sam[None].to(device, dtype),
+                    sam_sizes=[views.sam_size],
+                    original_sizes=[views.original_size],
+                )
+            self.shown = (picture, images)
+        return self.shown[1]
 
     def write(
         self, folder: Path, path: str, picture: np.ndarray, prompt: str, answer: str, result: READGeneration

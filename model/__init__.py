@@ -11,11 +11,12 @@ from .lora import add_lora, merge_lora, save_adapter, set_trainable
 from .presets import PRESETS, Preset, get_preset
 from .processing import READProcessor
 from .quantize import dequantize_language_model, quantize_language_model
-from .read import READForCausalLM, READGeneration, READOutput, Segments
+from .read import EncodedImages, READForCausalLM, READGeneration, READOutput, Segments
 from .sasp import select_points
 
 __all__ = [
     "PRESETS",
+    "EncodedImages",
     "LossConfig",
     "Preset",
     "READConfig",

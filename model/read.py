@@ -1,8 +1,10 @@
 """READForCausalLM: LLaVA-1.5 reasons, SasP points, SAM draws.
 
-    forward()           teacher-forced: training losses and answer-forced evaluation
-    generate_segments() the model writes its own answer, with the KV cache
-    _segment()          what both share: [SEG] states -> similarity -> points -> masks
+    forward()            teacher-forced, every question on its own: training losses, and masks
+    encode_images()      what depends on pictures alone, for any number of questions about them
+    segment_answers()    teacher-forced evaluation: masks of given answers
+    generate_answers()   the model writes its own answers, with the KV cache, and masks for them
+    _segment()           what all share: [SEG] states -> similarity -> points -> masks
 
 Legend: B pictures · N questions · T tokens (image tokens expanded) · P image tokens · D hidden width · C = 256 SAM width
 · M [SEG] tokens · K points · (H, W) pixels of the original picture · S side of SAM's square.
@@ -21,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from . import checkpoint, llava, losses, sam, sasp
 from .config import READConfig
+from .prefix import CACHE, Prefix, encode_prefix, pad_tails, split_prompts
 from .sam_cache import SamFeatureCache, obstacle
 
 
@@ -71,8 +74,31 @@ class READOutput(ModelOutput):
 
 
 @dataclasses.dataclass
+class EncodedImages:
+    """What the model knows of B pictures before it is asked: made by `READForCausalLM.encode_images`, for any questions."""
+
+    features: torch.Tensor
+    """(B, P, D) projected CLIP features."""
+    sam_images: torch.Tensor
+    """(B, 3, S, S), SAM's squares."""
+    sam_sizes: list[tuple[int, int]]
+    """B pairs (h, w): the picture inside the square."""
+    original_sizes: list[tuple[int, int]]
+    """B pairs (H, W)."""
+    sam_embeddings: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """SAM's (C, h, w) of the pictures in which something was segmented so far."""
+    prefix: Prefix | None = None
+    """The beginning that questions about them share, once there were several."""
+    asked: bool = False
+    """There was a question already."""
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclasses.dataclass
 class READGeneration:
-    """Result of `READForCausalLM.generate_segments`."""
+    """Result of `READForCausalLM.generate_answers`."""
 
     answer_ids: list[list[int]]
     """N answers, up to and including the end token where there is one."""
@@ -167,25 +193,18 @@ class READForCausalLM(PreTrainedModel):
         Raises:
             ValueError: as many masks as `[SEG]` tokens are needed; every `[SEG]` needs a picture.
         """
-        features = llava.image_features(self.llava, clip_images.to(self.dtype))
-        embeddings = llava.embed_inputs(self.llava, input_ids, features, image_of_question)
-        places = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        if compat == "released":
-            attention_mask = self._released_mask(attention_mask)
-            places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        hidden = self.llava.model.language_model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=places, use_cache=False
-        ).last_hidden_state
+        images = self.encode_images(clip_images, sam_images, sam_sizes, original_sizes)
+        hidden = self._hidden_states(images, input_ids, attention_mask, image_of_question, compat)
         question, position = llava.seg_positions(input_ids, self.config.seg_token_id)
         count = len(question)
         if labels is not None:
             extra = self._stand_ins(question, image_of_question)
             question = torch.cat([question, extra])
             position = torch.cat([position, torch.full_like(extra, hidden.shape[1] - 1)])
+        image_states = llava.image_states(hidden, input_ids, question, released_rows=compat == "released")
         segments, stand_ins = self._segment(
-            hidden, input_ids, question, position, sam_images, sam_sizes, original_sizes, image_of_question,
-            released_rows=compat == "released",
-        ).split(count)  # fmt: skip
+            images, hidden[question, position], image_states, question, image_of_question[question]
+        ).split(count)
         output = READOutput(segments=segments)
         if labels is None:
             return output
@@ -218,9 +237,87 @@ class READForCausalLM(PreTrainedModel):
             rows = [0] if len(question) == 0 else []
         return torch.tensor(rows, dtype=torch.long, device=question.device)
 
-    # -------------------------------------------------------------------------------------------- generation
+    def _hidden_states(
+        self,
+        images: EncodedImages,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_of_question: torch.Tensor,
+        compat: str = "correct",
+    ) -> torch.Tensor:
+        """Last hidden states (N, T, D) of whole conversations, each passed through the language model on its own."""
+        embeddings = llava.embed_inputs(self.llava, input_ids, images.features, image_of_question)
+        places = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        if compat == "released":
+            attention_mask = self._released_mask(attention_mask)
+            places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return self.llava.model.language_model(
+            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=places, use_cache=False
+        ).last_hidden_state
+
+    # -------------------------------------------------------------------------------------------- evaluation
+
+    def encode_images(
+        self,
+        clip_images: torch.Tensor,
+        sam_images: torch.Tensor,
+        sam_sizes: list[tuple[int, int]],
+        original_sizes: list[tuple[int, int]],
+    ) -> EncodedImages:
+        """What depends on B pictures alone, arguments as in `forward`. SAM looks at a picture when a mask is first asked for."""
+        features = llava.image_features(self.llava, clip_images.to(self.dtype))
+        return EncodedImages(features, sam_images, sam_sizes, original_sizes)
+
+    def _shared_prefix(
+        self, images: EncodedImages, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[Prefix, list[torch.Tensor]] | None:
+        """(prefix, N tails) where sharing pays and is possible; the prefix is kept in `images` for the next questions."""
+        first, images.asked = not images.asked, True
+        if first and len(input_ids) <= len(images):
+            return None
+        parts = split_prompts(input_ids, attention_mask)
+        if parts is None:
+            return None
+        ids, tails = parts
+        if images.prefix is None or not torch.equal(images.prefix.ids, ids):
+            images.prefix = encode_prefix(self.llava, ids, images.features)
+        return images.prefix, tails
 
     @torch.no_grad()
+    def segment_answers(
+        self,
+        images: EncodedImages,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_of_question: torch.Tensor,
+        *,
+        share_prefix: bool = True,
+    ) -> Segments:
+        """Masks of every `[SEG]` in N given conversations about encoded pictures: `forward` without losses, at less cost.
+
+        Args:
+            input_ids, attention_mask: (N, T), padded on either side. image_of_question: (N,) int64 in [0, B).
+            share_prefix: what the prompts begin with goes through the language model once a picture. Off, each conversation
+                goes through it whole; the results differ by rounding.
+        """
+        shared = self._shared_prefix(images, input_ids, attention_mask) if share_prefix else None
+        if shared is None:
+            hidden = self._hidden_states(images, input_ids, attention_mask, image_of_question)
+            question, position = llava.seg_positions(input_ids, self.config.seg_token_id)
+            image_states = llava.image_states(hidden, input_ids, question)
+        else:
+            prefix, tails = shared
+            ids, mask = pad_tails(tails, "right")
+            whole_mask = torch.cat([mask.new_ones(len(ids), len(prefix.ids)), mask], dim=1)
+            places = len(prefix.ids) + torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            hidden = self.llava.model.language_model(
+                inputs_embeds=self.get_input_embeddings()(ids), attention_mask=whole_mask, position_ids=places,
+                use_cache=True, **{CACHE: prefix.cache(image_of_question)},
+            ).last_hidden_state  # fmt: skip
+            question, position = llava.seg_positions(ids, self.config.seg_token_id)
+            image_states = prefix.image_states()[image_of_question[question]]
+        return self._segment(images, hidden[question, position], image_states, question, image_of_question[question])
+
     def generate_segments(
         self,
         clip_images: torch.Tensor,
@@ -230,30 +327,61 @@ class READForCausalLM(PreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         image_of_question: torch.Tensor,
+        **options: Any,
+    ) -> READGeneration:
+        """`encode_images` and `generate_answers` in one call, arguments as in `forward`."""
+        with torch.no_grad():
+            images = self.encode_images(clip_images, sam_images, sam_sizes, original_sizes)
+        return self.generate_answers(images, input_ids, attention_mask, image_of_question, **options)
+
+    @torch.no_grad()
+    def generate_answers(
+        self,
+        images: EncodedImages,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_of_question: torch.Tensor,
         *,
         max_new_tokens: int = 512,
         compat: str = "correct",
+        share_prefix: bool = True,
         force_segment: bool = False,
         output_logits: bool = False,
         streamer: Any = None,
     ) -> READGeneration:
         """Greedy answers to N left-padded prompts, and a mask for every `[SEG]` the model wrote (§5, generative).
 
-        Arguments as in `forward`. The states of `[SEG]` are gathered while decoding with the cache.
+        The states of `[SEG]` are gathered while decoding with the cache.
 
         Args:
+            images: `encode_images` of the B pictures asked about.
+            input_ids, attention_mask: (N, T), padding on the left. image_of_question: (N,) int64 in [0, B).
             compat: `correct` gives the same as a prompt without padding; `released` reproduces the original, which counts
                 positions from the padding on and attends to it. Its FP-RefCOCO numbers contain that.
+            share_prefix: as in `segment_answers`; with `released`, whose padding stands before the picture, nothing is shared.
             force_segment: an answer without `[SEG]` gets the mask that a `[SEG]` at its end would have had.
+            output_logits: keeps the logits of every step.
+            streamer: of transformers, told each token.
         """
         eos = self.llava.config.text_config.eos_token_id
-        features = llava.image_features(self.llava, clip_images.to(self.dtype))
-        embeddings = llava.embed_inputs(self.llava, input_ids, features, image_of_question)
         extra: dict[str, Any] = {}
+        shared = None
         if compat == "released":
             attention_mask = torch.ones_like(attention_mask)
             length = torch.arange(input_ids.shape[1], device=input_ids.device)
             extra["position_ids"] = length.expand(len(input_ids), -1)
+        elif share_prefix:
+            shared = self._shared_prefix(images, input_ids, attention_mask)
+        if shared is None:
+            embeddings = llava.embed_inputs(self.llava, input_ids, images.features, image_of_question)
+        else:
+            # The same prompts with the padding between the prefix and the rest. `generate` skips what the cache holds.
+            prefix, tails = shared
+            ids, mask = pad_tails(tails, "left")
+            input_ids = torch.cat([prefix.ids.expand(len(ids), -1), ids], dim=1)
+            attention_mask = torch.cat([mask.new_ones(len(ids), len(prefix.ids)), mask], dim=1)
+            embeddings = torch.nn.functional.pad(self.get_input_embeddings()(ids), (0, 0, len(prefix.ids), 0))
+            extra[CACHE] = prefix.cache(image_of_question)
         with llava.gather_hidden_states(self.llava) as states:
             result = self.llava.generate(
                 inputs_embeds=embeddings,
@@ -273,26 +401,17 @@ class READForCausalLM(PreTrainedModel):
         hidden = torch.cat(states, dim=1)
         ended = (answers == eos).long().cumsum(dim=1)
         written = ended - (answers == eos).long() == 0  # up to and including the first end token
-        ids = torch.cat([input_ids, answers.masked_fill(~written, 0)], dim=1)
-        prompt = input_ids.shape[1]
-        question, position = llava.seg_positions(ids, self.config.seg_token_id)
-        of_answer = position >= prompt - 1
-        question, position = question[of_answer], position[of_answer]
-        forced = [False] * len(ids)
-        if force_segment:
-            bare = [n for n in range(len(ids)) if not (question == n).any()]
-            # The state before the end token, that is the one a [SEG] in its place would have been predicted from.
-            ends = [prompt + int(written[n].sum()) - 2 + int(not ended[n, -1]) for n in bare]
-            ends = [min(end, hidden.shape[1] - 1) for end in ends]
-            question = torch.cat([question, question.new_tensor(bare)])
-            position = torch.cat([position, position.new_tensor(ends)])
-            order = question.argsort(stable=True)
-            question, position = question[order], position[order]
-            forced = [n in bare for n in range(len(ids))]
+        question, position, forced = self._answer_segs(input_ids, answers, written, ended[:, -1] > 0, force_segment)
+        if shared is None:
+            prompt_states = hidden[:, : input_ids.shape[1]]
+            image_states = llava.image_states(prompt_states, input_ids, question, released_rows=compat == "released")
+        else:
+            position = position - len(prefix.ids)  # the states of the prefix are not among those gathered
+            image_states = prefix.image_states()[image_of_question[question]]
+        position = position.clamp(max=hidden.shape[1] - 1)  # of an answer cut at its last token
         segments = self._segment(
-            hidden, ids[:, : hidden.shape[1]], question, position, sam_images, sam_sizes, original_sizes,
-            image_of_question, released_rows=compat == "released",
-        )  # fmt: skip
+            images, hidden[question, position], image_states, question, image_of_question[question]
+        )
         return READGeneration(
             answer_ids=[row[keep].tolist() for row, keep in zip(answers, written, strict=True)],
             segments=segments,
@@ -300,11 +419,40 @@ class READForCausalLM(PreTrainedModel):
             step_logits=list(result.logits) if output_logits else None,
         )
 
+    def _answer_segs(
+        self,
+        input_ids: torch.Tensor,
+        answers: torch.Tensor,
+        written: torch.Tensor,
+        ended: torch.Tensor,
+        force_segment: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+        """(question (M,), position (M,), forced (N,)) of the states that stand for [SEG] in N generated answers.
+
+        Args:
+            input_ids: (N, T) prompts, padding on the left. answers: (N, a) what was generated.
+            written: (N, a) bool, the answer's own tokens. ended: (N,) bool, it has an end token.
+        """
+        prompt = input_ids.shape[1]
+        ids = torch.cat([input_ids, answers.masked_fill(~written, 0)], dim=1)
+        question, position = llava.seg_positions(ids, self.config.seg_token_id)
+        of_answer = position >= prompt - 1
+        question, position = question[of_answer], position[of_answer]
+        if not force_segment:
+            return question, position, [False] * len(ids)
+        bare = [n for n in range(len(ids)) if not (question == n).any()]
+        # The state before the end token, that is the one a [SEG] in its place would have been predicted from.
+        ends = [prompt + int(written[n].sum()) - 2 + int(not ended[n]) for n in bare]
+        question = torch.cat([question, question.new_tensor(bare)])
+        position = torch.cat([position, position.new_tensor(ends)])
+        order = question.argsort(stable=True)
+        return question[order], position[order], [n in bare for n in range(len(ids))]
+
     def _released_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """The attention mask of the original's forced pass, (N, T): the unexpanded prompt's behind P - 1 ones (§1, §8-25).
 
         With padding on the left it attends to the padding and hides as many image tokens; without, it is the same mask.
-        (In generation the recordings show no mask at all, see `generate_segments`.)
+        (In generation the recordings show no mask at all, see `generate_answers`.)
         """
         patches = self.config.num_patches
         padding = attention_mask.long().argmax(dim=1)  # rows are False * n, then True
@@ -318,20 +466,14 @@ class READForCausalLM(PreTrainedModel):
 
     def _segment(
         self,
-        hidden: torch.Tensor,
-        input_ids: torch.Tensor,
+        images: EncodedImages,
+        seg_states: torch.Tensor,
+        image_states: torch.Tensor,
         question: torch.Tensor,
-        position: torch.Tensor,
-        sam_images: torch.Tensor,
-        sam_sizes: list[tuple[int, int]],
-        original_sizes: list[tuple[int, int]],
-        image_of_question: torch.Tensor,
-        released_rows: bool = False,
+        image: torch.Tensor,
     ) -> Segments:
-        """Points and masks of M `[SEG]` states: hidden (N, T, D) at (question (M,), position (M,)). See `forward`."""
-        image = image_of_question[question]
-        seg_states = hidden[question, position]
-        similarity = sasp.similarity(llava.image_states(hidden, input_ids, question, released_rows), seg_states)
+        """Points and masks of M `[SEG]` states (M, D), given those of their image tokens (M, P, D), question and image (M,)."""
+        similarity = sasp.similarity(image_states, seg_states)
         text = self.text_hidden_fcs[0](seg_states)[:, None]
 
         count = len(question)
@@ -340,13 +482,15 @@ class READForCausalLM(PreTrainedModel):
         labels: list[Any] = [None] * count
         scores = seg_states.new_zeros(count)
         for b in image.unique().tolist():  # SAM decodes the masks of one picture together
+            if b not in images.sam_embeddings:
+                images.sam_embeddings[b] = self.encode_sam_image(images.sam_images[b : b + 1])[0]
             rows = (image == b).nonzero().flatten()
             logits, found = self._decode_image(
-                self.encode_sam_image(sam_images[b : b + 1])[0],
+                images.sam_embeddings[b],
                 similarity[rows],
                 text[rows],
-                tuple(sam_sizes[b]),
-                tuple(original_sizes[b]),
+                tuple(images.sam_sizes[b]),
+                tuple(images.original_sizes[b]),
             )
             scores = scores.index_copy(0, rows, logits[1].to(scores.dtype))
             for i, m in enumerate(rows.tolist()):
