@@ -199,6 +199,7 @@ def write_settings(args: TrainArgs, model: READForCausalLM, world: World) -> Non
     """config.json and trainable.txt of a run that can start; one that cannot be resumed keeps those it had."""
     from model.checkpoint import fingerprint
     from model.lora import trainable_report
+    from utils.runlog import package_versions
 
     if world.is_main:
         base = fingerprint(args.version, args.vision_tower, args.vision_pretrained)  # merging refuses another
@@ -237,13 +238,6 @@ def open_data(args: TrainArgs) -> tuple[Any, Any]:
     if args.eval_only or not args.no_eval:
         val_data = build_eval(args.val_dataset, args.val_split, args.dataset_dir, protocol="forced")
     return train_data, val_data
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")}
 
 
 def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCausalLM, READProcessor]:

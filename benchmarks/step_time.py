@@ -19,19 +19,13 @@ a training run hide it behind the rest.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import platform
 import shlex
 import statistics
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +40,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-INSIDE = ("CLIP", "language model", "SAM encoder", "SasP", "mask decoder")
-"""Parts of the forward pass that have a clock of their own."""
-PARTS = ("data", *INSIDE, "losses, rest of forward", "backward", "optimiser", "total")
+from benchmarks.stopwatch import MODEL_PARTS, Stopwatch, hardware, watch_model  # noqa: E402
+
+PARTS = ("data", *MODEL_PARTS, "losses, rest of forward", "backward", "optimiser", "total")
 COMPARED = (("SasP on", "SasP off"), ("SAM cached", "SasP on"))
 """Variants and their baselines."""
 
@@ -71,74 +65,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache_dir", type=Path, help="folder of SAM features: measures them too")
     parser.add_argument("--out", type=Path, metavar="JSON", help="writes the numbers, with what they were measured on")
     return parser
-
-
-class Stopwatch:
-    """Seconds of the parts of a step. Parts do not overlap."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: Counter[str] = Counter()
-
-    def now(self) -> float:
-        """The time once everything that was asked of the device is done."""
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Adds what happens inside to a part."""
-        begin = self.now()
-        yield
-        self.seconds[name] += self.now() - begin
-
-    def wrap(self, name: str, function: Callable) -> Callable:
-        """The function, its calls counted to a part."""
-
-        @wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return timed
-
-    def watch(self, name: str, module: torch.nn.Module) -> None:
-        """Counts the forward passes of a module to a part."""
-        begin = 0.0
-
-        def before(*_: Any) -> None:
-            nonlocal begin
-            begin = self.now()
-
-        def after(*_: Any) -> None:
-            self.seconds[name] += self.now() - begin
-
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
-
-    def take(self) -> Times:
-        """The seconds since the last call."""
-        taken = {name: self.seconds[name] for name in (*PARTS[:-1], "forward")}
-        self.seconds.clear()
-        taken["losses, rest of forward"] = taken.pop("forward") - sum(taken[name] for name in INSIDE)
-        return {**taken, "total": sum(taken.values())}
-
-
-def watch_model(watch: Stopwatch, model: READForCausalLM) -> None:
-    """Puts clocks on the parts of a model, for the rest of this process."""
-    from model import sam, sasp
-
-    watch.watch("CLIP", model.llava.model.vision_tower)
-    watch.watch("CLIP", model.llava.model.multi_modal_projector)
-    watch.watch("language model", model.llava.model.language_model)
-    model.encode_sam_image = watch.wrap("SAM encoder", model.encode_sam_image)  # with its cache
-    for name in ("similarity", "select_points"):
-        setattr(sasp, name, watch.wrap("SasP", getattr(sasp, name)))
-    for name in ("decode_masks", "upscale_logits"):
-        setattr(sam, name, watch.wrap("mask decoder", getattr(sam, name)))
 
 
 def measure(options: argparse.Namespace, args: TrainArgs, world: World) -> dict[str, list[Times]]:
@@ -170,7 +96,7 @@ def measure(options: argparse.Namespace, args: TrainArgs, world: World) -> dict[
     for number in range(options.warmup + options.steps):
         with watch.part("data"):
             batch = next(loader).to(world.device, torch_dtype(args.precision))
-        data = watch.take()
+        data = watch.take()["data"]
         names = list(variants)
         first = number % len(names)
         for name in names[first:] + names[:first]:
@@ -178,7 +104,7 @@ def measure(options: argparse.Namespace, args: TrainArgs, world: World) -> dict[
             if model.sam_cache is not None:
                 plain_encode(batch.sam_images)  # puts them on disk, if this is their first time
             times = step(model, batch, optimizer, trained, watch)
-            found[name].append({part: times[part] + data[part] for part in PARTS})
+            found[name].append({part: times[part] for part in PARTS} | {"data": data, "total": times["total"] + data})
         print(f"\rstep {number + 1} of {options.warmup + options.steps}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return {name: steps[options.warmup :] for name, steps in found.items()}
@@ -198,7 +124,10 @@ def step(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return watch.take()
+    times = watch.take()
+    times["losses, rest of forward"] = times.pop("forward") - sum(times[name] for name in MODEL_PARTS)
+    times["total"] = sum(times.values())
+    return times
 
 
 def medians(found: dict[str, list[Times]]) -> dict[str, Times]:
@@ -231,28 +160,12 @@ def table(variants: dict[str, Times], compared: dict[str, Times]) -> str:
     return "\n".join(lines)
 
 
-def hardware(world: World) -> dict[str, Any]:
-    """What the numbers are measured on; `load` is what ran there in the minute before: the mean number of busy processes."""
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
-        "load": round(os.getloadavg()[0], 1),
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     import torch
 
     from model import get_preset
-    from train_read import package_versions
+    from utils.runlog import package_versions
     from utils import distributed
     from utils.args import TrainArgs
     from utils.cli import plain_errors
@@ -272,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.steps < 1 or options.warmup < 0:
             raise ValueError(f"--steps must be 1 or more and --warmup 0 or more, found {options.steps}, {options.warmup}")
         args = TrainArgs.resolve(given, get_preset(options.preset))
-        machine = hardware(world)
+        machine = hardware(world.device)
         found = measure(options, args, world)
     seconds, compared = medians(found), ratios(found)
     kept = ("preset", "version", "dataset_dir", "precision", "batch_size", "num_classes_per_sample", "gradient_checkpointing",

@@ -107,6 +107,13 @@ class RunLog:
             self._wandb = None
 
 
+def package_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")}
+
+
 def drop_records(file: Path, after_step: int, measured_step: int) -> None:
     """Removes from a log.jsonl what was logged after a step, validations after another, and half a line at the end."""
     if not file.is_file():

@@ -1,0 +1,393 @@
+"""What an evaluation costs: all expressions of a picture together, against the original's schedule, stage by stage.
+
+    python benchmarks/evaluation.py                                 READ-mini on this machine, 10 expressions a picture
+    python benchmarks/evaluation.py --size 7b                       a full-size READ with random weights; wants a GPU
+
+Both schedules are run by one model on the same pictures and questions, in turns of who is first, and must agree.
+
+    together  what `utils.evaluate` does: CLIP, SAM's encoder and the shared beginning of the prompts once a picture, then its
+              expressions in batches over that KV cache, decoded with the cache, their masks in one batch
+    original  `generate`: each expression alone; SAM's encoder for each; every token of an answer takes CLIP, the whole
+              sequence and the vocabulary head over all of it once more, since no KV cache is kept (recorded from the
+              original: for 6 answers of 7 tokens, 42 calls of CLIP and 6 of SAM's encoder)
+              `forced`: the expressions of a picture in one batch of whole conversations, CLIP for each, SAM's encoder once
+
+Seconds are means a picture, after warm-up. A GPU is waited for before and after each stage. Reading pictures is left out:
+it goes on in other processes meanwhile. With random weights (--size) answers are as long as --max_new_tokens, and a [SEG] is
+forced at their end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from model import READForCausalLM, Segments
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.stopwatch import MODEL_PARTS, Stopwatch, hardware, watch_model  # noqa: E402
+
+HEAD, REST = "vocabulary head", "rest"
+STAGES = (*MODEL_PARTS, HEAD, REST, "total")
+SCHEDULES = ("original", "together")
+SIZES = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}
+"""LLaMA's width, inner width, layers and heads."""
+
+Answer = list[int]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--version", default="assets/read-mini-base", metavar="MODEL", help="checkpoint (default: READ-mini's base)"
+    )
+    parser.add_argument("--size", choices=tuple(SIZES), help="random weights of this size instead of a checkpoint")
+    parser.add_argument("--dataset_dir", default="data/mini", help="where the pictures are (default: data/mini)")
+    parser.add_argument(
+        "--data", default="fprefcoco|val", metavar="NAME|SPLIT", help="of which data set (default: fprefcoco|val)"
+    )
+    parser.add_argument("--protocols", nargs="+", choices=("forced", "generate"), default=["forced", "generate"])
+    parser.add_argument("--expressions", type=int, default=10, help="questions a picture (default: 10)")
+    parser.add_argument("--images", type=int, default=6, help="pictures that count (default: 6)")
+    parser.add_argument("--warmup", type=int, default=1, help="pictures before them (default: 1)")
+    parser.add_argument(
+        "--chunk", type=int, default=16, help="expressions that go through the model together (default: 16)"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=40, help="longest answer (default: 40)")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 without")
+    parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2"), default="sdpa")
+    parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
+    parser.add_argument(
+        "--together_only", action="store_true", help="leaves the original's schedule out, for throughput alone"
+    )
+    parser.add_argument("--out", type=Path, metavar="JSON", help="writes the numbers, with what they were measured on")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------ schedules
+
+
+def together(
+    model: READForCausalLM, views: dict, asked: dict, protocol: str, options: argparse.Namespace
+) -> tuple[list[Answer], list[Segments]]:
+    """Our schedule for one picture: answers' ids, and the segments of each chunk."""
+    images = model.encode_images(**views)
+    answers, segments = [], []
+    for first in range(0, len(asked["input_ids"]), options.chunk):
+        part = {name: tensor[first : first + options.chunk] for name, tensor in asked.items()}
+        if protocol == "forced":
+            segments.append(model.segment_answers(images, **part))
+        else:
+            out = model.generate_answers(
+                images, **part, max_new_tokens=options.max_new_tokens, force_segment=options.size is not None
+            )
+            answers += out.answer_ids
+            segments.append(out.segments)
+    return answers, segments
+
+
+def original(
+    model: READForCausalLM, views: dict, asked: dict, protocol: str, options: argparse.Namespace
+) -> tuple[list[Answer], list[Segments]]:
+    """The original's schedule for one picture."""
+    if protocol == "forced":
+        for _ in range(len(asked["input_ids"]) - 1):  # CLIP once a conversation; the last time below
+            model.encode_images(**views)
+        images = model.encode_images(**views)
+        return [], [model.segment_answers(images, **asked, share_prefix=False)]
+    answers, segments = [], []
+    for ids, mask in zip(asked["input_ids"], asked["attention_mask"], strict=True):
+        answer, found = _original_answer(model, views, ids[mask][None], options)
+        answers.append(answer)
+        segments.append(found)
+    return answers, segments
+
+
+def _original_answer(
+    model: READForCausalLM, views: dict, ids: torch.Tensor, options: argparse.Namespace
+) -> tuple[Answer, Segments]:
+    """Greedy decoding without a cache; the segments come from the states of the last pass, which hold all before it."""
+    import torch
+
+    from model import llava
+
+    eos, prompt = model.llava.config.text_config.eos_token_id, ids.shape[1]
+    zero = torch.zeros(1, dtype=torch.long, device=ids.device)
+    for _ in range(options.max_new_tokens):
+        images = model.encode_images(**views)
+        hidden = model._hidden_states(images, ids, torch.ones_like(ids, dtype=torch.bool), zero)
+        word = model.llava.lm_head(hidden)[:, -1:].argmax(-1)
+        ids = torch.cat([ids, word], dim=1)
+        if word.item() == eos:
+            break
+    question, position = llava.seg_positions(ids, model.config.seg_token_id)
+    if options.size is not None and len(question) == 0:
+        question, position = zero, zero + hidden.shape[1] - 1
+    image_states = llava.image_states(hidden, ids[:, : hidden.shape[1]], question)
+    found = model._segment(images, hidden[question, position], image_states, question, question * 0)
+    return ids[0, prompt:].tolist(), found
+
+
+# ------------------------------------------------------------------------------------------------ what is asked
+
+
+def pictures(options: argparse.Namespace, processor: Any, protocol: str) -> list[tuple[dict, dict]]:
+    """(arguments of `encode_images`, of the questions) of each picture: a data set's, asked its expressions over and over."""
+    import dataclasses
+
+    import numpy as np
+
+    from dataset import build_eval
+    from dataset.collate import collate
+
+    name, _, split = options.data.partition("|")
+    data = build_eval(name, split, options.dataset_dir, protocol=protocol)
+    if len(data) < options.warmup + options.images:
+        raise ValueError(f"{options.data} has {len(data)} pictures, asked for {options.warmup} + {options.images}")
+    found = []
+    for index in range(options.warmup + options.images):
+        sample = data[index]
+        again = np.arange(options.expressions) % len(sample.conversations)
+        sample = dataclasses.replace(
+            sample,
+            conversations=[sample.conversations[i] for i in again],
+            masks=sample.masks[again],
+            exists=[sample.exists[i] for i in again],
+            questions=[sample.questions[i] for i in again],
+        )
+        batch = collate([sample], processor, training=False, padding="right" if protocol == "forced" else "left")
+        inputs = batch.model_inputs()
+        asked = {key: inputs.pop(key) for key in ("input_ids", "attention_mask", "image_of_question")}
+        found.append((inputs, asked))
+    return found
+
+
+def random_pictures(options: argparse.Namespace, model: READForCausalLM, protocol: str) -> list[tuple[dict, dict]]:
+    """As `pictures`, with noise for pictures of 480 x 640 and random words: 38 before the image, 20 to 30 after it."""
+    import torch
+
+    from utils.conversation import IMAGE_TOKEN_INDEX
+
+    config, generator = model.config, torch.Generator().manual_seed(0)
+
+    def words(count: int) -> torch.Tensor:
+        return torch.randint(1000, 30000, (count,), generator=generator)
+
+    found = []
+    for _ in range(options.warmup + options.images):
+        head = torch.cat([words(38), torch.full((config.num_patches,), IMAGE_TOKEN_INDEX), words(1)])
+        tails = [words(20 + i % 11) for i in range(options.expressions)]
+        if protocol == "forced":
+            tails = [torch.cat([tail, torch.tensor([config.seg_token_id, 2])]) for tail in tails]
+        length = len(head) + max(map(len, tails))
+        ids = torch.zeros(len(tails), length, dtype=torch.long)
+        mask = torch.zeros(len(tails), length, dtype=torch.bool)
+        for n, tail in enumerate(tails):
+            row = torch.cat([head, tail])
+            place = slice(0, len(row)) if protocol == "forced" else slice(length - len(row), length)
+            ids[n, place], mask[n, place] = row, True
+        side, square = config.clip_image_size, config.sam.image_size
+        views = {
+            "clip_images": torch.randn(1, 3, side, side, generator=generator),
+            "sam_images": torch.randn(1, 3, square, square, generator=generator),
+            "sam_sizes": [(square * 3 // 4, square)],
+            "original_sizes": [(480, 640)],
+        }
+        found.append(
+            (
+                views,
+                {
+                    "input_ids": ids,
+                    "attention_mask": mask,
+                    "image_of_question": torch.zeros(len(ids), dtype=torch.long),
+                },
+            )
+        )
+    return found
+
+
+def random_model(size: str, dtype: torch.dtype, device: torch.device, attention: str) -> READForCausalLM:
+    """READ of a full size with random weights, made where they stay."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    from model import READConfig, READForCausalLM, SamConfig
+    from utils.conversation import IMAGE_TOKEN_INDEX
+
+    width, inner, layers, heads = SIZES[size]
+    text = LlamaConfig(
+        vocab_size=32003, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    clip = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14,
+        projection_dim=768,
+    )  # fmt: skip
+    config = READConfig(
+        llava=LlavaConfig(vision_config=clip, text_config=text, image_token_index=IMAGE_TOKEN_INDEX), sam=SamConfig(),
+        seg_token_id=32000, im_start_id=32001, im_end_id=32002,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = READForCausalLM(config, attn_implementation=attention)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False).to(device, dtype)
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def measure(
+    model: READForCausalLM, asked: list[tuple[dict, dict]], protocol: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds a picture of each stage, by schedule, their ratios, and how far the two agree."""
+    import torch
+
+    run = {"original": original, "together": together}
+    names = ["together"] if options.together_only else list(SCHEDULES)
+    watch: Stopwatch = model.watch
+    total: dict[str, Counter[str]] = {name: Counter() for name in names}
+    same = {"answers": 0, "masks": 0, "expressions": 0, "masks_of": 0, "pixels": 0.0}
+    for number, (views, questions) in enumerate(asked):
+        views = {
+            key: value.to(model.device, model.dtype) if isinstance(value, torch.Tensor) else value
+            for key, value in views.items()
+        }
+        questions = {key: value.to(model.device) for key, value in questions.items()}
+        found = {}
+        for name in names if number % 2 else reversed(names):
+            watch.take()
+            begin = watch.now()
+            with torch.no_grad():
+                found[name] = run[name](model, views, questions, protocol, options)
+            whole = watch.now() - begin
+            times = watch.take()
+            times[REST] = whole - sum(times.values())
+            times["total"] = whole
+            if number >= options.warmup:
+                total[name].update(times)
+        if len(names) == 2 and number >= options.warmup:
+            _compare(found, same, len(questions["input_ids"]))
+        print(f"\r{protocol}: picture {number + 1} of {len(asked)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    count = len(asked) - options.warmup
+    seconds = {name: {stage: times[stage] / count for stage in STAGES} for name, times in total.items()}
+    result: dict[str, Any] = {
+        "seconds": seconds,
+        "images_per_second": {name: 1 / s["total"] for name, s in seconds.items()},
+    }
+    if len(names) == 2:
+        ours, theirs = seconds["together"], seconds["original"]
+        result["ratios"] = {stage: theirs[stage] / ours[stage] for stage in STAGES if ours[stage] > 0}
+        result["agreement"] = same
+    return result
+
+
+def _compare(found: dict[str, tuple], same: dict[str, Any], count: int) -> None:
+    """Adds up in how much the two schedules agree about one picture."""
+    (answers, segments), (other_answers, other_segments) = found["together"], found["original"]
+    masks, others = (
+        [logits > 0 for part in parts for logits in part.mask_logits] for parts in (segments, other_segments)
+    )
+    same["expressions"] += count
+    same["answers"] += sum(a == b for a, b in zip(answers, other_answers, strict=True)) if answers else count
+    same["masks_of"] += len(others)
+    if len(masks) == len(others):
+        differing = [(ours != theirs).float().mean().item() for ours, theirs in zip(masks, others, strict=True)]
+        same["masks"] += sum(share == 0 for share in differing)
+        same["pixels"] = max(same["pixels"], *differing) if differing else same["pixels"]
+
+
+def table(protocol: str, result: dict[str, Any]) -> str:
+    """A row a stage: seconds a picture of each schedule, and how many times less ours takes."""
+    seconds, ratios = result["seconds"], result.get("ratios", {})
+    lines = [f"{protocol:<20}" + "".join(f"{name:>14}" for name in seconds) + (f"{'ratio':>10}" if ratios else "")]
+    for stage in STAGES:
+        cells = "".join(f"{times[stage]:>12.4f} s" for times in seconds.values())
+        lines.append(f"{stage:<20}{cells}" + (f"{ratios[stage]:>9.1f}x" if stage in ratios else ""))
+    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in result["images_per_second"].items())
+    lines.append(f"pictures a second: {rates}")
+    if "agreement" in result:
+        same = result["agreement"]
+        lines.append(
+            f"same answers {same['answers']} of {same['expressions']}, same masks {same['masks']} of {same['masks_of']}, "
+            f"at most {100 * same['pixels']:.3f} % of a mask's pixels differ"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
+    import torch
+
+    from model import READForCausalLM, READProcessor
+    from utils import distributed
+    from utils.cli import plain_errors, torch_dtype
+    from utils.runlog import package_versions
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = distributed.start(engine=False).device
+    dtype = torch_dtype(options.precision, device.type == "cuda")
+    results = {}
+    with plain_errors("evaluation"):
+        if options.size:
+            model = random_model(options.size, dtype, device, options.attn_implementation)
+        else:
+            model = READForCausalLM.from_pretrained(
+                options.version, dtype=dtype, attn_implementation=options.attn_implementation
+            )
+            model.requires_grad_(False).to(device)
+            processor = READProcessor.from_pretrained(options.version)
+        machine = hardware(device)
+        model.watch = Stopwatch(device)
+        watch_model(model.watch, model)
+        model.watch.watch(HEAD, model.llava.lm_head)
+        for protocol in options.protocols:
+            asked = (
+                random_pictures(options, model, protocol) if options.size else pictures(options, processor, protocol)
+            )
+            results[protocol] = measure(model, asked, protocol, options)
+    what = f"READ-{options.size}, random weights" if options.size else options.version
+    print(f"{what}, {str(dtype).removeprefix('torch.')}, {options.expressions} expressions a picture, {options.images} pictures; "
+          f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, load {machine['load']}")  # fmt: skip
+    for protocol, result in results.items():
+        print("\n" + table(protocol, result))
+    if device.type == "cuda":
+        print(f"\npeak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+    if options.out is not None:
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "command": shlex.join(["python", "benchmarks/evaluation.py", *(sys.argv[1:] if argv is None else argv)]),
+            "hardware": machine,
+            "versions": {"python": platform.python_version(), **package_versions()},
+            "model": what,
+            "dtype": str(dtype).removeprefix("torch."),
+            "expressions": options.expressions,
+            "images": options.images,
+            "max_new_tokens": options.max_new_tokens,
+            "results": results,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
