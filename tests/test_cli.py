@@ -178,19 +178,6 @@ def test_shown_command_parses(where: str, words: list[str]) -> None:
     parse(entry, [word for word in arguments if "$" not in word and word != "--help"])
 
 
-def test_results_are_compared_only_if_measured_alike() -> None:
-    """A forced score beside a generated one would be no comparison."""
-    from utils.compare import compare
-
-    rows = [{"dataset": "ReasonSeg", "split": "val", "giou": 0.5, "ciou": 0.25}]
-    before = {"protocol": "forced", "results": rows}
-    after = {"protocol": "forced", "results": [{**rows[0], "ciou": 0.75}, {**rows[0], "split": "test"}]}
-    assert compare(before, after).splitlines()[1].split() == ["ReasonSeg|val", "50.00", "50.00", "25.00", "75.00"]
-    assert len(compare(before, after).splitlines()) == 2
-    with pytest.raises(ValueError, match="protocol 'forced' and 'generate'"):
-        compare(before, {**after, "protocol": "generate"})
-
-
 # ------------------------------------------------------------------------------------------------ the flags
 
 
@@ -269,7 +256,9 @@ def test_settings_survive_the_round_trip_through_json(tmp_path: Path) -> None:
         TrainArgs.load(tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize("command", [["train_read.py"], ["-m", "utils.merge_lora"], ["test_read.py"], ["demo.py"]])
+@pytest.mark.parametrize(
+    "command", [["train_read.py"], ["-m", "utils.merge_lora"], ["test_read.py"], ["demo.py"], ["-m", "utils.compare"]]
+)
 def test_help_is_quick(command: list[str]) -> None:
     """`--help` is answered before torch is imported."""
     probe = (

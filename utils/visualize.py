@@ -4,6 +4,8 @@
     similarity_image(image, segment)     the similarity map as heat over the dimmed picture
     overlay_image(image, segments)       masks tinted, the points that prompted them, a legend
     panel_image(image, q, a, segments)   all of it side by side under question and answer
+    truth_image(image, mask, ignored)    the picture with the outline of what is meant
+    answer_image(image, segment, tint)   one answer's mask and points; beside truth_image in a comparison
 
 In go a picture (H, W, 3) uint8 RGB and `Segment`s, out come PIL images; nothing is written here.
 
@@ -31,6 +33,8 @@ TINTS: tuple[Colour, ...] = ((0, 176, 240), (213, 54, 232), (255, 150, 0), (92, 
 POSITIVE, NEGATIVE = (38, 208, 108), (240, 62, 62)
 INK, SOFT, PAPER = (28, 32, 38), (96, 104, 114), (255, 255, 255)
 SHORT_SIDE_OF_TILE = 300
+LONG_SIDE_IN_PAGE = 480
+"""Pixels of the pictures that go into a page: enough to see an outline, little enough for sixty of them in one file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Segment:
 
     mask: np.ndarray
     """(H, W) bool."""
-    similarity: np.ndarray
-    """(G, G) float32 over CLIP's view, the centre square of the picture."""
+    similarity: np.ndarray | None
+    """(G, G) float32 over CLIP's view, the centre square of the picture; None where it was not kept (predictions files)."""
     points: np.ndarray
     """(K, 2) float32, (x, y) in pixels of the original picture."""
     labels: np.ndarray
@@ -85,6 +89,36 @@ def overlay_image(image: np.ndarray, segments: list[Segment]) -> Image.Image:
     scale = float(np.clip(768 / max(image.shape[:2]), 1, 4))
     picture = _with_points(_with_masks(image, segments, scale), segments, scale)
     return _with_legend(picture, segments)
+
+
+# ------------------------------------------------------------------------------------------------ side by side in a page
+
+
+def truth_image(image: np.ndarray, mask: np.ndarray, ignored: np.ndarray | None = None) -> Image.Image:
+    """The picture with the true mask (H, W) outlined in white; hatched where `ignored` (H, W), which does not count.
+
+    The longest side becomes LONG_SIDE_IN_PAGE; small pictures are enlarged four times at most.
+    """
+    scale = _scale_in_page(image)
+    picture = _resized(image, scale)
+    canvas = np.array(picture)
+    if ignored is not None and ignored.any():
+        hatch = np.add.outer(np.arange(picture.height), np.arange(picture.width)) % 10 < 4
+        hatch &= _enlarged(ignored != 0, picture.size, scale)
+        canvas[hatch] = (0.35 * canvas[hatch] + 0.65 * np.array(INK)).astype(np.uint8)
+    if mask.any():
+        _outline(canvas, _enlarged(mask != 0, picture.size, scale), PAPER, edge=INK, wider=1)
+    return Image.fromarray(canvas)
+
+
+def answer_image(image: np.ndarray, segment: Segment, tint: Colour) -> Image.Image:
+    """The picture with one mask in the colour `tint` and the points that prompted it, in the size of `truth_image`."""
+    scale = _scale_in_page(image)
+    return _with_points(_with_masks(image, [segment], scale, tint=tint), [segment], scale)
+
+
+def _scale_in_page(image: np.ndarray) -> float:
+    return min(LONG_SIDE_IN_PAGE / max(image.shape[:2]), 4.0)
 
 
 # ------------------------------------------------------------------------------------------------ the panel
@@ -232,9 +266,15 @@ def _tint(index: int) -> Colour:
     return TINTS[index % len(TINTS)]
 
 
-def _with_masks(image: np.ndarray, segments: list[Segment], scale: float, first_tint: int = 0) -> Image.Image:
-    """The enlarged picture with each mask tinted and outlined; the rest is a little paler so that the object stands out."""
+def _with_masks(
+    image: np.ndarray, segments: list[Segment], scale: float, first_tint: int = 0, tint: Colour | None = None
+) -> Image.Image:
+    """The enlarged picture with each mask tinted and outlined; the rest is a little paler so that the object stands out.
+
+    Masks take the TINTS in turn, from the one numbered `first_tint` on; or all take `tint`.
+    """
     picture = _resized(image, scale)
+    tints = [tint or _tint(first_tint + k) for k in range(len(segments))]
     size = picture.size
     masks = [_enlarged(s.mask, size, scale) for s in segments]
     pixels = np.asarray(picture).astype(np.float32)
@@ -242,16 +282,21 @@ def _with_masks(image: np.ndarray, segments: list[Segment], scale: float, first_
     if masks:
         rest = ~np.any(masks, axis=0)
         pixels[rest] = 0.78 * pixels[rest] + 0.18 * grey[rest]
-    for k, mask in enumerate(masks):
+    for mask, colour in zip(masks, tints, strict=True):
         # Over grey, not over the picture's colour: else blue on yellow would be a third colour that no legend names.
-        pixels[mask] = 0.12 * pixels[mask] + 0.43 * grey[mask] + 0.45 * np.array(_tint(first_tint + k), np.float32)
+        pixels[mask] = 0.12 * pixels[mask] + 0.43 * grey[mask] + 0.45 * np.array(colour, np.float32)
     canvas = np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8))
-    line = max(1, round(max(size) / 400))
-    for k, mask in enumerate(masks):
-        outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, outline, -1, PAPER, line + 2, cv2.LINE_AA)
-        cv2.drawContours(canvas, outline, -1, _tint(first_tint + k), line, cv2.LINE_AA)
+    for mask, colour in zip(masks, tints, strict=True):
+        _outline(canvas, mask, colour)
     return Image.fromarray(canvas)
+
+
+def _outline(canvas: np.ndarray, mask: np.ndarray, colour: Colour, edge: Colour = PAPER, wider: int = 0) -> None:
+    """Draws the outline of a bool mask on a canvas of its size, in place: `colour` with an `edge` on both sides."""
+    line = max(1, round(max(canvas.shape[:2]) / 400)) + wider
+    outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(canvas, outline, -1, edge, line + 2, cv2.LINE_AA)
+    cv2.drawContours(canvas, outline, -1, colour, line, cv2.LINE_AA)
 
 
 def _with_points(picture: Image.Image, segments: list[Segment], scale: float, size: float = 0.013) -> Image.Image:
