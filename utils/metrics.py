@@ -1,33 +1,49 @@
-"""Scores of predicted masks: counted in int64 an expression, divided once at the end (protocol §5).
+"""Scores of predicted masks: counted in whole pixels an expression, divided once at the end (protocol §5).
 
-    meter = SegmentationMeter()
-    meter.update(prediction_HW, target_HW, exists=True, predicted_exists=True)     once an expression
-    meter.merge(state_of_another_process)                                          int64 rows: nothing is lost
-    meter.compute()                                                                {"giou", "ciou", "see", ...}
+    row = count(prediction_HW, target_HW, image=3, exists=True, predicted_exists=True)     an Expression, plain numbers
+    summarize(rows, generated=True)                                   {"giou", "ciou", "see", ..., "interval", "subsets"}
 
-The one definition of gIoU, cIoU and See accuracy, for validation while training and for `test_read.py`:
+In: rows of every process, in any order: sums are exact, so neither order nor number of processes changes a bit.
+The one definition of every score, for validation while training and for `test_read.py`:
 
-    gIoU   mean over expressions of I / (U + 1e-5), and 1 where U = 0
-    cIoU   sum of I / (sum of U + 1e-10), every expression counted, those that ask for what is not there too
-    See    share of expressions whose predicted presence is the true one
-    P@x    share of expressions with an IoU of at least x
+    gIoU    mean over expressions of I / (U + 1e-5), and 1 where U = 0
+    cIoU    sum of I / (sum of U + 1e-10), every expression counted, those that ask for what is not there too
+    P@x     share of expressions with an IoU of at least x
+    See     share of expressions whose predicted presence is the true one
+    N-acc   share of the false premises that were denied, and
+    T-acc   share of the true premises that were affirmed, by the names of gRefCOCO and GSVA
+    Say     mean of `utils.say` over the false premises that have a reference; 0 where the model affirmed with a mask
 
-Legend: (H, W) pixels of the original picture · E expressions counted so far.
+See, N-acc, T-acc and Say need a model that was free to deny: they are None where answers were forced.
+
+Legend: (H, W) pixels of the original picture · E expressions · M pictures.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # scores of files need no torch, and are there sooner without
+    import torch
 
 IGNORE_PIXEL = 255
 """Pixels of a target that count neither for nor against (ReasonSeg's `ignore` shapes)."""
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 UNKNOWN = -1
+
+MASK_SIZES = (("mask < 1 %", 0.0, 0.01), ("mask 1-10 %", 0.01, 0.1), ("mask > 10 %", 0.1, math.inf))
+"""Name, least share of the picture (included), and the share from which on the next one begins."""
+
+WORDS = (("1-2 words", 1, 2), ("3-5 words", 3, 5), ("6+ words", 6, math.inf))
+"""Name, fewest and most words of the bare expression."""
+
+RESAMPLED_AT_ONCE = 1_000_000
+"""Pictures drawn in one go by the bootstrap: some 20 MB, whatever the size of the data set."""
 
 
 class Overlap(NamedTuple):
@@ -42,6 +58,34 @@ class Overlap(NamedTuple):
         return self.intersection / (self.union + 1e-5) if self.union else 1.0
 
 
+class Expression(NamedTuple):
+    """One expression, counted. Plain numbers, so that processes can exchange it."""
+
+    image: int
+    """Place of its picture in the data set."""
+    intersection: int
+    union: int
+    target: int
+    """Pixels of the object asked for, without the ignored ones."""
+    pixels: int
+    """H * W; 0 if not known."""
+    exists: int
+    """The premise is true, whatever the protocol: 1, 0, or -1 if not known."""
+    predicted_exists: int
+    """The model affirmed it: 1, 0, or -1 if it was not asked."""
+    sentence: int = UNKNOWN
+    """1 long question, 0 short phrase, -1 if the data set does not say."""
+    words: int = 0
+    """Of the bare expression; 0 if not known."""
+    say: float = math.nan
+    """`utils.say.say_score` of the answer to a false premise; NaN where there is nothing to score."""
+
+    @property
+    def iou(self) -> float:
+        """As `Overlap.iou`."""
+        return Overlap(self.intersection, self.union).iou
+
+
 def class_areas(
     prediction: torch.Tensor, target: torch.Tensor, classes: int = 2, ignore: int = IGNORE_PIXEL
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,6 +94,8 @@ def class_areas(
     Args:
         prediction, target: same shape, any integer or bool dtype. Neither is changed (the original's prediction was).
     """
+    import torch
+
     if prediction.shape != target.shape:
         raise ValueError(f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}: they must agree")
     counted = target != ignore
@@ -64,18 +110,63 @@ def class_areas(
 
 def overlap(prediction: torch.Tensor, target: torch.Tensor) -> Overlap:
     """Intersection and union of the object, (H, W) each: `prediction` bool or 0 / 1, `target` 0 / 1 / 255."""
-    intersection, union, _ = class_areas(prediction.to(torch.uint8), target)
+    intersection, union, _ = class_areas(prediction.byte(), target)
     return Overlap(int(intersection[1]), int(union[1]))
 
 
+def count(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    image: int,
+    exists: bool | None = None,
+    predicted_exists: bool | None = None,
+    *,
+    sentence: bool | None = None,
+    words: int = 0,
+    say: float | None = None,
+) -> Expression:
+    """The row of one expression: masks (H, W) as in `overlap`, the rest as in `Expression`, with None for what is not known."""
+    intersection, union, area = class_areas(prediction.byte(), target)
+    return Expression(
+        image, int(intersection[1]), int(union[1]), int(area[1]), target.numel(), _flag(exists), _flag(predicted_exists),
+        _flag(sentence), words, math.nan if say is None else say,
+    )  # fmt: skip
+
+
+def summarize(rows: Sequence[Expression], *, generated: bool, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """The scores of a data set, as shares of 1; NaN where nothing was counted, None where there is no such thing.
+
+    Args:
+        rows: every expression once, in any order.
+        generated: the model answered freely, so that presence was judged. If not, `see`, `n_acc`, `t_acc` and `say` are None.
+        resamples: of the bootstrap; 0 leaves the intervals out.
+        seed: of the bootstrap; equal rows and seed give equal intervals.
+
+    Returns:
+        giou, ciou, see, n_acc, t_acc, say, p@0.5 ... p@0.9; expressions, images, intersection, union; and
+
+        interval: [low, high] of giou, ciou and see, between which 95 % of the resampled scores lie. Pictures are drawn, not
+            expressions, since those of one picture succeed and fail together. None below two pictures: one says nothing
+            about others. What is covered is the choice of pictures, not the seed of a training.
+        subsets: name -> the same without interval, of the parts that are neither empty nor everything:
+            "present", "false premise"   truth of the premise
+            "short", "long"              phrase or whole question, where the data set says so;
+            "1-2 words", ...             where it does not, words of the expression (`WORDS`)
+            "mask < 1 %", ...            share of the picture that the object takes (`MASK_SIZES`); true premises only
+    """
+    rows = sorted(rows, key=lambda row: row.image)
+    subsets = {name: _whole(part, generated) for name, part in _subsets(rows) if 0 < len(part) < len(rows)}
+    return {**_whole(rows, generated), "interval": _intervals(rows, generated, resamples, seed), "subsets": subsets}
+
+
 class SegmentationMeter:
-    """Counts of every expression, and the scores that follow from them."""
+    """Collects rows where the masks are all there is to know, each expression being a picture of its own."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, int, int, int]] = []
+        self.rows: list[Expression] = []
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def update(
         self,
@@ -85,43 +176,126 @@ class SegmentationMeter:
         predicted_exists: bool | None = None,
     ) -> Overlap:
         """Counts one expression: masks (H, W) as in `overlap`; presence only where the model was free to deny it."""
-        found = overlap(prediction, target)
-        self.add(found, exists, predicted_exists)
-        return found
+        row = count(prediction, target, len(self.rows), exists, predicted_exists)
+        self.rows.append(row)
+        return Overlap(row.intersection, row.union)
 
     def add(self, found: Overlap, exists: bool | None = None, predicted_exists: bool | None = None) -> None:
         """Counts one expression whose pixels are counted already."""
-        presence = [UNKNOWN if value is None else int(value) for value in (exists, predicted_exists)]
-        self._rows.append((found.intersection, found.union, *presence))
+        presence = _flag(exists), _flag(predicted_exists)
+        self.rows.append(Expression(len(self.rows), *found, 0, 0, *presence))
 
-    def state(self) -> np.ndarray:
-        """(E, 4) int64: intersection, union, exists, predicted_exists (-1: not asked). What processes exchange."""
-        return np.array(self._rows, dtype=np.int64).reshape(-1, 4)
+    def state(self) -> list[Expression]:
+        """The rows: what processes exchange."""
+        return list(self.rows)
 
-    def merge(self, state: np.ndarray) -> SegmentationMeter:
+    def merge(self, state: Iterable[Expression]) -> SegmentationMeter:
         """Adds the expressions of another meter's state; returns self."""
-        self._rows += [tuple(row) for row in state.tolist()]
+        self.rows += state
         return self
 
-    def compute(self) -> dict[str, float | int | None]:
-        """The scores; NaN where nothing was counted, `see` None where presence was never asked.
-
-        Sums are exact, so the order of expressions, and the number of processes, changes no bit.
-        """
-        overlaps = [Overlap(intersection, union) for intersection, union, _, _ in self._rows]
-        ious = [found.iou for found in overlaps]
-        asked = [(exists, predicted) for _, _, exists, predicted in self._rows if UNKNOWN not in (exists, predicted)]
-        intersection, union = sum(o.intersection for o in overlaps), sum(o.union for o in overlaps)
-        return {
-            "giou": _share(math.fsum(ious), len(ious)),
-            "ciou": intersection / (union + 1e-10) if overlaps else math.nan,
-            "see": _share(sum(exists == predicted for exists, predicted in asked), len(asked)) if asked else None,
-            **{f"p@{x}": _share(sum(iou >= x for iou in ious), len(ious)) for x in THRESHOLDS},
-            "expressions": len(overlaps),
-            "intersection": intersection,
-            "union": union,
-        }
+    def compute(self) -> dict[str, Any]:
+        """The scores of `summarize` without images, interval and subsets."""
+        return _scores(self.rows, generated=True)
 
 
-def _share(part: float, count: int) -> float:
-    return part / count if count else math.nan
+# ------------------------------------------------------------------------------------------------ what they are made of
+
+
+def _flag(value: bool | None) -> int:
+    return UNKNOWN if value is None else int(value)
+
+
+def _share(part: float, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Exact mean; None of nothing."""
+    return math.fsum(values) / len(values) if values else None
+
+
+def _scores(rows: Sequence[Expression], generated: bool) -> dict[str, Any]:
+    ious = [row.iou for row in rows]
+    intersection, union = sum(row.intersection for row in rows), sum(row.union for row in rows)
+    judged = [row for row in rows if generated and UNKNOWN not in (row.exists, row.predicted_exists)]
+    scored = [row for row in rows if generated and row.exists == 0 and not math.isnan(row.say)]
+    return {
+        "giou": _share(math.fsum(ious), len(ious)),
+        "ciou": intersection / (union + 1e-10) if rows else math.nan,
+        "see": _mean([row.exists == row.predicted_exists for row in judged]),
+        "n_acc": _mean([row.predicted_exists == 0 for row in judged if row.exists == 0]),
+        "t_acc": _mean([row.predicted_exists == 1 for row in judged if row.exists == 1]),
+        # Words that correct beside a mask that affirms are no correction.
+        "say": _mean([0.0 if row.predicted_exists == 1 else row.say for row in scored]),
+        **{f"p@{x}": _share(sum(iou >= x for iou in ious), len(ious)) for x in THRESHOLDS},
+        "expressions": len(rows),
+        "intersection": intersection,
+        "union": union,
+    }
+
+
+def _whole(rows: Sequence[Expression], generated: bool) -> dict[str, Any]:
+    return {**_scores(rows, generated), "images": len({row.image for row in rows})}
+
+
+def _subsets(rows: Sequence[Expression]) -> list[tuple[str, list[Expression]]]:
+    parts = [("present", [row for row in rows if row.exists == 1])]
+    parts += [("false premise", [row for row in rows if row.exists == 0])]
+    if any(row.sentence != UNKNOWN for row in rows):
+        parts += [(name, [row for row in rows if row.sentence == kind]) for name, kind in (("short", 0), ("long", 1))]
+    else:
+        parts += [(name, [row for row in rows if low <= row.words <= high]) for name, low, high in WORDS]
+    sized = [row for row in rows if row.exists == 1 and row.pixels]
+    parts += [
+        (name, [row for row in sized if low * row.pixels <= row.target < high * row.pixels])
+        for name, low, high in MASK_SIZES
+    ]
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------ bootstrap
+
+
+def _intervals(rows: Sequence[Expression], generated: bool, resamples: int, seed: int) -> dict[str, list[float] | None]:
+    """95 % percentile intervals; see `summarize`."""
+    table = _per_image(rows, generated)
+    if len(table) < 2 or resamples < 1:
+        return {"giou": None, "ciou": None, "see": None}
+    iou, expressions, intersection, union, right, judged = _resampled(table, resamples, seed).T
+    shares = {
+        "giou": iou / _ONE / expressions,
+        "ciou": intersection / (union + 1e-10),
+        "see": right[judged > 0] / judged[judged > 0],
+    }
+    return {
+        name: np.percentile(values, [2.5, 97.5]).tolist() if len(values) else None for name, values in shares.items()
+    }
+
+
+_ONE = 1 << 40
+"""IoUs are summed in units of 2^-40: integers add up to the same bits in any order and on any machine."""
+
+
+def _per_image(rows: Sequence[Expression], generated: bool) -> np.ndarray:
+    """(M, 6) int64, by place of the picture: IoU in units of `_ONE`, expressions, I, U, presence right, presence judged."""
+    places = np.unique([row.image for row in rows], return_inverse=True)[1] if rows else np.zeros(0, int)
+    table = np.zeros((int(places.max(initial=-1)) + 1, 6), np.int64)
+    for place, row in zip(places, rows, strict=True):
+        judged = generated and UNKNOWN not in (row.exists, row.predicted_exists)
+        right = judged and row.exists == row.predicted_exists
+        table[place] += (round(row.iou * _ONE), 1, row.intersection, row.union, right, judged)
+    return table
+
+
+def _resampled(table: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """(resamples, columns) int64: sums of as many rows of the table as it has, drawn with replacement."""
+    rng, count = np.random.default_rng(seed), len(table)
+    at_once = max(1, RESAMPLED_AT_ONCE // count)
+    sums = []
+    for begin in range(0, resamples, at_once):
+        some = min(at_once, resamples - begin)
+        drawn = rng.integers(count, size=(some, count)) + count * np.arange(some)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=some * count).reshape(some, count)
+        sums.append(times @ table)
+    return np.concatenate(sums)

@@ -1,0 +1,301 @@
+"""Records of an evaluation: their masks in pycocotools, their rows, and the files of the original's test_read.py as records."""
+
+import contextlib
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from golden_dir import golden_dirs
+from pycocotools.coco import COCO
+
+from utils.metrics import SegmentationMeter, count, summarize
+from utils.predictions import (
+    decode_mask,
+    encode_mask,
+    expression,
+    expressions,
+    predictions_name,
+    read_predictions,
+    read_released,
+    released_files,
+)
+from utils.say import say_score
+
+
+def record(mask, target, **more):
+    """A record of masks (H, W); 255 in the target is ignored."""
+    made = {
+        "image_index": 4, "question_index": 1, "image": "a.jpg", "question": "the red cup", "prompt": "Is there the red cup?",
+        "answer": "It is [SEG].", "exists": True, "predicted_exists": True, "mask": encode_mask(mask),
+        "target": encode_mask(target == 1),
+    }  # fmt: skip
+    if (target == 255).any():
+        made["ignored"] = encode_mask(target == 255)
+    return made | more
+
+
+def random_masks(seed, size=(23, 31)):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 2, size, dtype=np.uint8), rng.choice(np.array([0, 1, 255], np.uint8), size)
+
+
+# ------------------------------------------------------------------------------------------------ masks and rows
+
+
+def test_coco_loads_the_masks_unchanged(tmp_path):
+    """As detections that came in a JSON file, the way COCO's own results do."""
+    masks = [random_masks(seed)[0] for seed in range(3)] + [np.zeros((23, 31), np.uint8), np.ones((23, 31), bool)]
+    found = [
+        {"image_id": 1, "category_id": 1, "score": 1.0, "segmentation": encode_mask(mask)} for mask in masks
+    ]  # fmt: skip
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "info": {}, "images": [{"id": 1, "height": 23, "width": 31}], "categories": [{"id": 1}], "annotations": [],
+        }  # fmt: skip
+        truth.createIndex()
+        loaded = truth.loadRes(str(tmp_path / "found.json"))
+    for mask, annotation in zip(masks, loaded.loadAnns(loaded.getAnnIds()), strict=True):
+        assert annotation["segmentation"] == encode_mask(mask) and annotation["area"] == mask.sum()
+        assert np.array_equal(loaded.annToMask(annotation), mask) and np.array_equal(decode_mask(encode_mask(mask)), mask)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pixels_equal_those_of_the_masks(seed):
+    mask, target = random_masks(seed)
+    if seed == 3:
+        target[target == 255] = 0
+    counted = count(torch.from_numpy(mask), torch.from_numpy(target), 4, True, True, words=3)
+    assert expression(record(mask, target))[:-1] == counted[:-1]
+    # What the record says of itself is not believed.
+    assert expression(record(mask, target, iou=2.0, intersection=0, union=1))[:-1] == counted[:-1]
+
+
+def test_a_target_with_ignored_pixels_inside_is_cut():
+    mask = np.ones((4, 4), np.uint8)
+    made = record(mask, np.ones((4, 4), np.uint8))
+    made["ignored"] = encode_mask(np.arange(16).reshape(4, 4) < 6)
+    assert expression(made)[1:5] == (10, 10, 10, 16)
+
+
+def test_what_else_a_row_takes_from_its_record():
+    mask, target = random_masks(0)
+    made = expression(record(mask, target, is_sentence=True, predicted_exists=False))
+    assert (made.exists, made.predicted_exists, made.sentence, made.words) == (1, 0, 1, 3) and math.isnan(made.say)
+    # The bare expression is not known where `question` is the whole prompt.
+    assert expression(record(mask, target, question="Is there the red cup?")).words == 0
+
+    said = {"answer": "No red cup, but a blue cup.", "reference": "a blue cup", "question": "red cup", "say": 0.123}
+    assert math.isnan(expression(record(mask, target, **said)).say)  # a true premise needs no correction
+    false = expression(record(mask, np.zeros_like(target), exists=False, **said))
+    assert (false.exists, false.sentence, false.words) == (0, -1, 2)
+    assert false.say == say_score(said["answer"], "a blue cup", asked="red cup") > 0.5
+
+
+def test_masks_must_fit_and_expressions_stand_once():
+    mask, target = random_masks(0)
+    small = encode_mask(np.zeros((5, 6)))
+    for name in ("target", "ignored"):
+        with pytest.raises(ValueError, match=rf"picture 4, question 1 \(a.jpg\): mask is 23 x 31, {name} 5 x 6"):
+            expression(record(mask, target) | {name: small})
+    assert len(expressions([record(mask, target), record(mask, target, question_index=2)])) == 2
+    with pytest.raises(ValueError, match="picture 4, question 1 .*twice"):
+        expressions([record(mask, target), record(mask, target)])
+
+
+def test_reading_names_what_is_wrong(tmp_path):
+    file = tmp_path / predictions_name("data/own set", "val")
+    assert file.name == "predictions_data_own_set_val.jsonl"
+    with pytest.raises(FileNotFoundError, match="test_read.py --out"):
+        read_predictions(file)
+    good = record(*random_masks(0))
+    file.write_text(json.dumps(good) + "\n")
+    assert read_predictions(file) == [good]
+    for line, complaint in (('{"image": ', "line 2 is no JSON"), ('{"image": 1}', "line 2 lacks image_index, .*target")):
+        file.write_text(json.dumps(good) + "\n" + line)
+        with pytest.raises(ValueError, match=complaint):
+            read_predictions(file)
+
+
+# ------------------------------------------------------------------------------------------------ the original's layout
+
+
+def write_released(folder, shares, dataset="fprefcoco"):
+    """preds_*.json and masks of [{image: [(mask, target, exists, predicted)]} of each process], as the original saves them."""
+    (folder / "segmentation_mask").mkdir(parents=True)
+    for process, images in enumerate(shares):
+        content = {}
+        for place, (image, found) in enumerate(images.items(), 1):
+            path = f"segmentation_mask/{process}_{place:04d}.npz"
+            pred, gt = (np.stack([entry[k] for entry in found]).astype(np.int32) for k in (0, 1))
+            np.savez_compressed(folder / path, pred=pred, gt=gt)
+            content[image] = {
+                "conversation_list": [f"Is there thing {n}? If so, segment it." for n in range(len(found))],
+                "pred_sent": ["Yes [SEG] ." if entry[3] else "Sorry no" for entry in found],
+                "gt_exists": [entry[2] for entry in found],
+                "ref_ids": [[10 + n for n in range(len(found))]],
+                "sent_ids": [[n for n in range(len(found))]],
+                "pred_exists": [entry[3] for entry in found],
+                "segmentation_path": path,
+            }
+        (folder / f"preds_{dataset}_{process}_of_{len(shares)}.json").write_text(json.dumps(content))
+
+
+def two_shares():
+    """Three pictures of different sizes, ignored pixels in one, false premises in all."""
+    shares, seed = [{}, {}], 0
+    for process, image, size in ((0, "b.jpg", (7, 9)), (0, "c.jpg", (9, 7)), (1, "a.jpg", (6, 6))):
+        found = []
+        for n in range(3):
+            mask, target = random_masks(seed := seed + 1, size)
+            if image != "c.jpg":
+                target[target == 255] = 0
+            exists = n < 2
+            found.append((mask * (n != 1), target * exists, exists, n != 1))
+        shares[process][image] = found
+    return shares
+
+
+def test_released_files_become_records(tmp_path):
+    shares = two_shares()
+    write_released(tmp_path, shares)
+    records = read_released(tmp_path)
+    everything = [(image, entry) for share in shares for image, found in share.items() for entry in found]
+    assert [r["image"] for r in records] == [image for image, _ in everything]
+    assert [(r["image_index"], r["question_index"]) for r in records] == [(i, n) for i in range(3) for n in range(3)]
+    meter = SegmentationMeter()
+    for (_, (mask, target, exists, predicted)), found in zip(everything, records, strict=True):
+        pixels = meter.update(torch.from_numpy(mask), torch.from_numpy(target), exists, predicted)
+        assert (found["intersection"], found["union"]) == pixels and found["iou"] == pixels.iou
+        assert np.array_equal(decode_mask(found["mask"]), mask)
+        assert ("ignored" in found) == (255 in target) and (found["box"] is None) == (not mask.any())
+    scores = summarize(expressions(records), generated=True)
+    assert scores["images"] == 3 and {**scores, **meter.compute()} == scores
+    assert not any("words" in name for name in scores["subsets"])
+    first = {key: records[4][key] for key in ("answer", "num_seg", "exists", "predicted_exists", "ref_id", "sent_id", "points")}
+    assert first == {
+        "answer": "Sorry no", "num_seg": 0, "exists": True, "predicted_exists": False, "ref_id": 11, "sent_id": 1, "points": [],
+    }  # fmt: skip
+    # Records of our own kind: they can be written, read, and counted like any other.
+    (tmp_path / "ours.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert read_predictions(tmp_path / "ours.jsonl") == records
+    # In any order, as a shell lists them.
+    assert read_released(released_files(tmp_path)["fprefcoco"][::-1]) == records
+
+
+def test_overlapping_polygons_are_inside():
+    """The original adds up polygons; where two overlap its target is 2, which its scorer took for background (§8-15)."""
+    record = {"pred_sent": ["[SEG]"], "conversation_list": ["?"], "gt_exists": [True], "pred_exists": [True]}
+    from utils import predictions
+
+    target = np.array([[[0, 1], [2, 255]]])
+    mask = np.array([[[0, 1], [1, 1]]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictions, "_read_masks", lambda *_: (mask, target))
+        (found,) = predictions._released_records(predictions.Path("x.json"), "a.jpg", {**record, "segmentation_path": ""}, 0)
+    assert (found["intersection"], found["union"]) == (2, 2)
+
+
+def change(folder, process, edit):
+    file = folder / f"preds_fprefcoco_{process}_of_2.json"
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+def resave(folder, name, **arrays):
+    np.savez(folder / "segmentation_mask" / name, **arrays)
+
+
+BROKEN = {
+    "share missing": (
+        lambda f: (f / "preds_fprefcoco_1_of_2.json").unlink(), FileNotFoundError, "of 2 processes, preds_fprefcoco_1_of_2.json",
+    ),
+    "two runs": (
+        lambda f: (f / "preds_fprefcoco_0_of_1.json").write_text("{}"), ValueError, "not the shares of one run",
+    ),
+    "part of another run": (
+        lambda f: (f / "preds_fprefcoco_2_of_3.json").write_text("{}"), ValueError, "not the shares of one run",
+    ),
+    "share too many": (
+        lambda f: (f / "preds_fprefcoco_2_of_2.json").write_text("{}"), ValueError, "preds_fprefcoco_2_of_2.json is beyond",
+    ),
+    "picture in both": (
+        lambda f: change(f, 1, lambda c: c.update({"b.jpg": c["a.jpg"]})), ValueError, "b.jpg is in .*0_of_2.json and again",
+    ),
+    "picture twice": (
+        lambda f: (f / "preds_fprefcoco_1_of_2.json").write_text(
+            re.sub(r"^\{(.*)\}$", r"{\1, \1}", (f / "preds_fprefcoco_1_of_2.json").read_text())
+        ), ValueError, "a.jpg is in .*1_of_2.json and again in .*1_of_2.json",
+    ),
+    "no JSON": (lambda f: (f / "preds_fprefcoco_1_of_2.json").write_text("{"), ValueError, "1_of_2.json is no JSON"),
+    "a list": (lambda f: (f / "preds_fprefcoco_1_of_2.json").write_text("[]"), ValueError, "found a list"),
+    "field missing": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"].pop("gt_exists")), ValueError, "1_of_2.json, a.jpg lacks gt_exists",
+    ),
+    "field too short": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"]["pred_exists"].pop()), ValueError, "a.jpg: pred_exists has 2 entries",
+    ),
+    "ids too short": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"]["ref_ids"][0].pop()), ValueError, "a.jpg: ref_ids has 2 entries",
+    ),
+    "masks missing": (
+        lambda f: (f / "segmentation_mask/1_0001.npz").unlink(), FileNotFoundError, "a.jpg: segmentation_path .*1_0001.npz",
+    ),
+    "masks broken": (
+        lambda f: (f / "segmentation_mask/1_0001.npz").write_bytes(b"PK"), ValueError, "1_0001.npz is no archive of pred and gt",
+    ),
+    "no gt": (lambda f: resave(f, "1_0001.npz", pred=np.zeros((3, 6, 6))), ValueError, "1_0001.npz is no archive .*gt"),
+    "too few masks": (
+        lambda f: resave(f, "1_0001.npz", pred=np.zeros((2, 6, 6)), gt=np.zeros((3, 6, 6))), ValueError, r"pred is \(2, 6, 6\)",
+    ),
+    "other size": (
+        lambda f: resave(f, "1_0001.npz", pred=np.zeros((3, 6, 6)), gt=np.zeros((3, 6, 5))), ValueError, r"gt \(3, 6, 5\): they",
+    ),
+    "two data sets": (
+        lambda f: (f / "preds_refcoco_0_of_1.json").write_text("{}"), ValueError, r"several data sets \(fprefcoco, refcoco\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_released_files_that_do_not_fit(case, tmp_path):
+    breaks, error, complaint = BROKEN[case]
+    write_released(tmp_path, two_shares())
+    breaks(tmp_path)
+    with pytest.raises(error, match=complaint):
+        read_released(tmp_path)
+
+
+def test_a_folder_without_released_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no preds_"):
+        read_released(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [f for f in golden_dirs() if (f / "e2e/fprefcoco.json").is_file()], ids=lambda f: f.name)
+def test_recorded_files_give_the_printed_scores(folder):
+    printed = json.loads((folder / "e2e/fprefcoco.json").read_text())["metrics_printed"]
+    ciou, see = (float(x) for x in re.search(r"cIoU: ([\d.]+) \| See Accuracy: ([\d.]+)", printed).groups())
+    scores = summarize(expressions(read_released(folder / "e2e/expected_fprefcoco")), generated=True)
+    assert (round(scores["ciou"], 4), round(scores["see"], 4)) == (ciou, see)
+
+
+@pytest.mark.parametrize("folder", [f for f in golden_dirs() if (f / "metrics/run_eval.npz").is_file()], ids=lambda f: f.name)
+@pytest.mark.parametrize("case", ["all", "first_two", "only_im2"])
+def test_recorded_masks_give_the_recorded_scores(folder, case, tmp_path):
+    """With ignored pixels, through the files, a picture a process."""
+    table, arrays = json.loads((folder / "metrics/run_eval.json").read_text()), np.load(folder / "metrics/run_eval.npz")
+    expected, shares = table["results"][case], []
+    for image in expected["images"]:
+        key, entry = image.removesuffix(".jpg"), table["preds"][image]
+        columns = arrays[f"{key}_pred"], arrays[f"{key}_gt"], entry["gt_exists"], entry["pred_exists"]
+        shares.append({image: list(zip(*columns, strict=True))})
+    write_released(tmp_path, shares)
+    scores = summarize(expressions(read_released(tmp_path)), generated=True)
+    assert (scores["intersection"], scores["union"]) == (expected["intersection"][1], expected["union"][1])
+    assert scores["see"] == pytest.approx(expected["see_accuracy"], abs=1e-12)

@@ -1,0 +1,228 @@
+"""Results as people read them: a table, whether two may be compared, and the scores of predictions that exist already.
+
+    table(results)                          text in percent, a row a data set and a row each of its subsets
+    differences(record_a, record_b)         sentences; none if the settings forbid no comparison
+    recompute([path, ...])                  results of predictions files and of folders, the original's too
+
+A result is an entry of `results` in a results.json: `dataset`, `split` and what `utils.metrics.summarize` returns. A record is
+the whole of that file. No model and no picture is needed here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.metrics import THRESHOLDS, summarize
+from utils.predictions import (
+    RELEASED_NAME,
+    expressions,
+    predictions_name,
+    read_predictions,
+    read_released,
+    released_files,
+)
+
+WIDTH = 120
+"""Columns of a terminal: the table has all thresholds or, if that is too wide, the first and the last."""
+
+# ------------------------------------------------------------------------------------------------ table
+
+
+def table(results: Sequence[dict[str, Any]], width: int = WIDTH) -> str:
+    """The scores in percent, gIoU and cIoU with the 95 % interval of `utils.metrics` in brackets.
+
+    `-` is a score that cannot be given; a column that has nothing else is left out.
+    """
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for result in results:
+        rows.append((f"{result['dataset']} {result['split']}", result))
+        rows += [(f"  {name}", scores) for name, scores in result.get("subsets", {}).items()]
+    lines = _lines(rows, THRESHOLDS)
+    if max(map(len, lines)) > width:
+        lines = _lines(rows, (THRESHOLDS[0], THRESHOLDS[-1]))
+    return "\n".join(lines)
+
+
+def _lines(rows: Sequence[tuple[str, dict[str, Any]]], thresholds: Sequence[float]) -> list[str]:
+    scores = [scores for _, scores in rows]
+    names = ["", *(name for name, _ in rows)]
+    columns = [
+        ["images", *(str(row.get("images", "-")) for row in scores)],
+        ["expr.", *(str(row.get("expressions", "-")) for row in scores)],
+        _with_interval("gIoU", "giou", scores),
+        _with_interval("cIoU", "ciou", scores),
+        *([f"P@{x}".replace("0.", "."), *(_percent(row.get(f"p@{x}")) for row in scores)] for x in thresholds),
+    ]
+    for head, key in (("N-acc", "n_acc"), ("T-acc", "t_acc"), ("See", "see"), ("Say", "say")):
+        columns.append([head, *(_percent(row.get(key)) for row in scores)])
+    columns = [column for column in columns if any(cell.strip() != "-" for cell in column[1:])]
+    left = max(map(len, names))
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join([name.ljust(left), *(cell.rjust(wide) for cell, wide in zip(cells, widths, strict=True))]).rstrip()
+        for name, *cells in zip(names, *columns, strict=True)
+    ]
+
+
+def _with_interval(head: str, key: str, scores: Sequence[dict[str, Any]]) -> list[str]:
+    """A column of scores; those with an interval have it behind, the others leave its place free."""
+    values = [_percent(row.get(key)) for row in scores]
+    bounds = [(row.get("interval") or {}).get(key) for row in scores]
+    behind = [f" [{_percent(bound[0])}, {_percent(bound[1])}]" if bound else "" for bound in bounds]
+    wide = max(map(len, [head, *values]))
+    cells = [head.rjust(wide), *(value.rjust(wide) for value in values)]
+    free = max(map(len, behind), default=0)
+    return [cell + more.ljust(free) for cell, more in zip(cells, ["", *behind], strict=True)]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+# ------------------------------------------------------------------------------------------------ may they be compared?
+
+SETTINGS = {
+    "protocol": "protocol",
+    "compat": "treatment of padding (compat)",
+    "conv_type": "wording of the system prompt (conv_type)",
+    "templates": "sentences (templates)",
+    "seed": "seed of the sentences",
+    "max_new_tokens": "longest answer (max_new_tokens)",
+    "limit": "limit of pictures",
+    "preset": "preset",
+    "bits": "bits of the language model",
+    "dtype": "dtype",
+    "say": "Say",
+}
+"""Settings at the top of a results.json that move scores, in words. Which checkpoint is what a comparison is about."""
+
+
+def differences(record_a: dict[str, Any], record_b: dict[str, Any]) -> list[str]:
+    """Why two evaluations do not measure the same, a sentence each; empty if their settings say nothing against it.
+
+    Args:
+        record_a, record_b: two results.json. Their checkpoints, commands and versions may differ.
+    """
+    found = []
+    for key, words in SETTINGS.items():
+        a, b = record_a.get(key), record_b.get(key)
+        if a != b:
+            rule = "; scores of different protocols are never comparable" if key == "protocol" else ""
+            found.append(f"{words}: {_said(a)} against {_said(b)}{rule}")
+    a, b = record_a.get("sasp") or {}, record_b.get("sasp") or {}
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) != b.get(key):
+            found.append(f"SasP's {key}: {_said(a.get(key))} against {_said(b.get(key))}")
+    return found + _other_data(record_a, record_b)
+
+
+def _other_data(record_a: dict[str, Any], record_b: dict[str, Any]) -> list[str]:
+    a, b = ({(r["dataset"], r["split"]): r for r in record.get("results", [])} for record in (record_a, record_b))
+    found = []
+    for name in [*a, *(name for name in b if name not in a)]:
+        told = "|".join(name)
+        if name not in a or name not in b:
+            found.append(f"{told}: only in the {'first' if name in a else 'second'}")
+            continue
+        for key, words in (("images", "pictures"), ("expressions", "expressions")):
+            if a[name].get(key) != b[name].get(key):
+                found.append(f"{told}: {_said(a[name].get(key))} {words} against {_said(b[name].get(key))}")
+        # Their wording can be that of the checkpoint, which the top of the file need not know.
+        for key in ("protocol", "compat", "conv_type"):
+            values = [a[name].get(key), b[name].get(key)]
+            if None not in values and values[0] != values[1] and record_a.get(key) == record_b.get(key):
+                found.append(f"{told}: {SETTINGS[key]}: {_said(values[0])} against {_said(values[1])}")
+    return found
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+# ------------------------------------------------------------------------------------------------ scores of old predictions
+
+
+def recompute(paths: Sequence[str | Path], protocol: str | None = None) -> list[dict[str, Any]]:
+    """Results from predictions, every pixel counted anew: one a data set.
+
+    Args:
+        paths: predictions_*.jsonl, folders of test_read.py (each file in it), folders of the original's test_read.py
+            (`preds_*_of_*.json` with `segmentation_mask`), or those json files, all of one run.
+        protocol: that of predictions that have no results.json beside them. The original's are always "generate".
+
+    Returns:
+        What `summarize` returns, with `dataset`, `split`, `protocol`, `path`, and `stored_differ`: expressions whose stored
+        I or U is not what their masks give. `compat`, `conv_type` and `images_in_split` come from results.json, if there.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing to read, something broken, or a protocol that is unknown or contradicted.
+    """
+    results = []
+    released: dict[tuple[Path, str], list[Path]] = {}
+    for path in map(Path, paths):
+        match = RELEASED_NAME.fullmatch(path.name)
+        if path.is_dir():
+            own, original = sorted(path.glob("predictions_*.jsonl")), released_files(path)
+            if not own and not original:
+                raise FileNotFoundError(f"{path} holds neither predictions_*.jsonl nor the original's preds_*_of_*.json")
+            results += [_own(file, protocol) for file in own]
+            results += [_original(files, name, protocol) for name, files in original.items()]
+        elif match:
+            released.setdefault((path.parent, match["dataset"]), []).append(path)
+        else:
+            results.append(_own(path, protocol))
+    return results + [_original(files, name, protocol) for (_, name), files in released.items()]
+
+
+def _own(path: Path, protocol: str | None) -> dict[str, Any]:
+    """The result of a predictions file of test_read.py."""
+    records = read_predictions(path)
+    run, about = _beside(path)
+    told = about.get("protocol", run.get("protocol"))
+    if told is None and protocol is None:
+        raise ValueError(f"{path} has no results.json beside it that names its protocol: say --protocol forced or generate")
+    name, _, split = path.name.removeprefix("predictions_").removesuffix(".jsonl").rpartition("_")
+    kept = {key: about[key] for key in ("compat", "conv_type", "images_in_split") if key in about}
+    about = {"dataset": about.get("dataset", name or split), "split": about.get("split", split if name else "")}
+    return {**about, **_scores(records, path, told, protocol), **kept}
+
+
+def _beside(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(results.json beside a predictions file, its entry about that file); empty if there is none."""
+    file = path.with_name("results.json")
+    if not file.is_file():
+        return {}, {}
+    try:
+        run = json.loads(file.read_text())
+        entries = [entry for entry in run["results"] if predictions_name(entry["dataset"], entry["split"]) == path.name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a results.json of test_read.py: {error!r}") from error
+    return run, entries[0] if entries else {}
+
+
+def _original(files: Sequence[Path], name: str, protocol: str | None) -> dict[str, Any]:
+    """The result of a data set in the original's layout; it knows one split, val."""
+    return {"dataset": name, "split": "val", **_scores(read_released(files), files[0].parent, "generate", protocol)}
+
+
+def _scores(records: list[dict[str, Any]], path: Path, told: str | None, wanted: str | None) -> dict[str, Any]:
+    if told is not None and wanted is not None and told != wanted:
+        raise ValueError(f"{path}: its answers are of protocol {told}, not {wanted}")
+    protocol = told or wanted
+    if protocol not in ("forced", "generate"):
+        raise ValueError(f"{path}: protocol {protocol!r} is neither forced nor generate")
+    rows = expressions(records)
+    stored = [(record.get("intersection"), record.get("union")) for record in records]
+    differ = sum(
+        None not in pair and pair != (row.intersection, row.union) for pair, row in zip(stored, rows, strict=True)
+    )
+    return {
+        **summarize(rows, generated=protocol == "generate"),
+        "protocol": protocol,
+        "path": str(path),
+        "stored_differ": differ,
+    }
