@@ -165,10 +165,10 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from model import get_preset
-    from utils.runlog import package_versions
     from utils import distributed
     from utils.args import TrainArgs
     from utils.cli import plain_errors
+    from utils.runlog import package_versions
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

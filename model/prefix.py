@@ -72,7 +72,9 @@ def split_prompts(
 def pad_tails(tails: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids (N, t) int64, mask (N, t) bool) of tails, padded on the `right` or the `left`."""
     ids = pad_sequence(tails, batch_first=True, padding_side=side)
-    mask = pad_sequence([torch.ones_like(tail, dtype=torch.bool) for tail in tails], batch_first=True, padding_side=side)
+    mask = pad_sequence(
+        [torch.ones_like(tail, dtype=torch.bool) for tail in tails], batch_first=True, padding_side=side
+    )
     return ids, mask
 
 

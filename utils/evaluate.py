@@ -3,31 +3,40 @@
     scores = evaluate(model, processor, dataset, protocol="forced")
 
 In: a model, its processor and a sequence of Samples (`dataset.build_eval`), one picture with all its expressions each.
-Out: a dict of scores (`utils.metrics`) with the protocol they belong to, and, if asked for, one JSON line an expression.
+Out: a dict of scores (`utils.metrics`) with the protocol they belong to, and, if asked for, one JSON line an expression
+(`utils.predictions`).
 
     forced    the prompt contains the answer with its [SEG]; nothing is generated (ReasonSeg, RefCOCO)
     generate  the model answers on its own; no [SEG] in the answer is a zero mask (FP-RefCOCO)
 
 The two are not comparable. In both the first [SEG] of an answer counts; presence is judged only where it could be denied,
 that is in `generate`: predicted present = [SEG] written and its mask not empty.
+
+A picture goes once through CLIP, SAM's encoder and, with what its prompts begin with, the language model; its expressions
+are then answered together over that shared cache. The next pictures are read meanwhile.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
+import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from pycocotools import mask as coco
 from tqdm import tqdm
 
-from utils.distributed import any_rank, barrier, gather_objects, shard
-from utils.metrics import Overlap, SegmentationMeter, overlap
+from utils.distributed import any_rank, gather_objects, shard
+from utils.metrics import IGNORE_PIXEL, Expression, count, summarize
+from utils.prediction_log import PredictionLog
+from utils.predictions import encode_mask, expression
+from utils.say import say_score
 
 if TYPE_CHECKING:
     from dataset.types import Batch, Sample
@@ -35,6 +44,10 @@ if TYPE_CHECKING:
 
 PROTOCOLS = ("forced", "generate")
 COMPAT = ("correct", "released")
+HOPELESS = 10
+"""After as many failed pictures, and none that went well, the fault is not in the pictures."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -50,6 +63,8 @@ class Prediction:
     """K pairs (x, y), pixels of the original picture."""
     point_labels: list[int]
     """K of 1 object, 0 background, -1 neutral."""
+    confidence: float | None
+    """SAM's own estimate of the mask's IoU; None without a [SEG]."""
 
     @property
     def exists(self) -> bool:
@@ -70,6 +85,10 @@ def evaluate(
     world: int = 1,
     max_new_tokens: int = 512,
     predictions_path: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+    known: Sequence[dict[str, Any]] = (),
+    overwrite: bool = False,
+    strict: bool = True,
     chunk: int = 16,
     workers: int = 0,
     progress: bool = True,
@@ -85,14 +104,23 @@ def evaluate(
         conv_type: wording of the system prompt; unless given, the one saved with the model.
         rank, world: this process and their number; shares are exact, no picture is counted twice.
         max_new_tokens: longest answer.
-        predictions_path: JSON lines, one an expression, in the order of the data set whatever `world` is.
-        chunk: questions that go through the model together.
+        predictions_path: JSON lines, one an expression, in the order of the data set whatever `world` is. What a stopped run
+            left beside it is taken over, and the numbers are those of a run that nobody stopped.
+        settings: what else decides the predictions (the checkpoint, SasP, ...): a stopped run goes on under the same only.
+        known: records of pictures that need not be asked again, of a finished run in which others failed.
+        overwrite: what a stopped run left is thrown away.
+        strict: a picture that cannot be read or answered stops the evaluation. Else it is tried once more, with fewer
+            expressions at a time, and then named in the result.
+        chunk: expressions that go through the model together.
         workers: processes that read pictures ahead; 0 reads them in this one.
         collate: makes a Batch of Samples; unless given, `dataset.collate`'s.
 
     Returns:
-        The scores of `SegmentationMeter.compute`, `images`, `seconds`, `protocol`, `compat`, `conv_type`, and `subsets`:
-        the same scores for short and long questions, true and false premises, where the data set has both.
+        The scores of `utils.metrics.summarize`, `seconds`, `protocol`, `compat`, `conv_type`, and `failed`: a list of
+        {"image_index", "error"} of the pictures that are not in the scores.
+
+    Raises:
+        ValueError: wrong arguments, predictions of other settings, or no picture at all went well.
     """
     if protocol not in PROTOCOLS or compat not in COMPAT:
         raise ValueError(
@@ -102,134 +130,186 @@ def evaluate(
     if collate is None:
         from dataset.collate import collate  # here, not above: of `utils`, this function alone looks at `dataset`
     conv_type = conv_type or model.config.conv_type
-    batches = _Batches(dataset, shard(len(dataset), rank, world), processor, protocol, compat, conv_type, chunk, collate)
+    begin, was_training = time.monotonic(), model.training
+    model.eval()
+    kept = None
+    if predictions_path is not None:
+        settings = {"protocol": protocol, "compat": compat, "conv_type": conv_type, **(settings or {})}
+        kept = PredictionLog(predictions_path, settings, rank, known=known, overwrite=overwrite)
+    done = kept.done if kept else {}
+    open_ones = [index for index in range(len(dataset)) if index not in done]
+    mine = [open_ones[i] for i in shard(len(open_ones), rank, world)]
+    room = model.config.llava.text_config.max_position_embeddings - (max_new_tokens if protocol == "generate" else 0)
+    read = _Reader(dataset, mine, processor, protocol, conv_type, room, collate, strict)
     # A generator of its own: validation must not move the random numbers of the training around it.
     loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, num_workers=workers, generator=torch.Generator().manual_seed(0)
+        read, batch_size=None, num_workers=workers, generator=torch.Generator().manual_seed(0)
     )
-    meters: dict[str, SegmentationMeter] = {"all": SegmentationMeter()}
-    images, begin, was_training = 0, time.monotonic(), model.training
-    model.eval()
-    in_step = _InStep(split=any(hasattr(p, "ds_id") for p in model.parameters()))
-    with _PredictionFile(predictions_path, rank, world) as file:
+    answer = _Answerer(model, processor, protocol, compat, max_new_tokens, chunk, strict)
+    rows = [expression(record) for records in done.values() for record in records] if rank == 0 else []
+    failed: list[dict[str, Any]] = []
+    try:
         # Not a terminal (a log file): one line now and then instead of a hundred.
         every = 0.5 if sys.stderr.isatty() else 15
-        for index, parts in tqdm(loader, desc=protocol, unit="image", disable=not progress or rank > 0, mininterval=every):
-            images += 1
-            row = 0
-            for batch in parts:
-                in_step.begin()
-                found = predict(model, processor, batch, protocol, compat, max_new_tokens)
-                sample = batch.samples[0]
-                for n, prediction in enumerate(found):
-                    pixels = overlap(prediction.mask, torch.as_tensor(sample.masks[n]))
-                    presence = (bool(sample.exists[n]), prediction.exists) if protocol == "generate" else (None, None)
-                    for name in ("all", *_subsets(sample, n, row + n)):
-                        meters.setdefault(name, SegmentationMeter()).add(pixels, *presence)
-                    file.write(index, row + n, lambda s=sample, n=n, p=prediction, o=pixels: _record(s, n, p, o))
-                row += len(found)
-        in_step.finish(lambda: predict(model, processor, batches.any(), protocol, compat, max_new_tokens))
-    model.train(was_training)
-
-    total: dict[str, SegmentationMeter] = {"all": SegmentationMeter()}
-    shares = gather_objects(({name: meter.state() for name, meter in meters.items()}, images))
-    for states, _ in shares:
-        for name, state in states.items():
-            total.setdefault(name, SegmentationMeter()).merge(state)
-    subsets = {name: meter.compute() for name, meter in sorted(total.items()) if 0 < len(meter) < len(total["all"])}
+        for index, loaded in tqdm(loader, desc=protocol, unit="image", disable=not progress or rank > 0, mininterval=every):
+            begun = time.monotonic()
+            found = loaded if isinstance(loaded, str) else answer(index, loaded)
+            if isinstance(found, str):
+                log.warning("picture %d failed and is left out: %s", index, found)
+                failed.append({"image_index": index, "error": found})
+                if len(failed) >= HOPELESS and not rows:
+                    raise ValueError(f"the first {HOPELESS} pictures all failed, the last with: {found}")
+                continue
+            seconds = (time.monotonic() - begun) / max(len(found), 1)
+            sample = loaded.samples[0]
+            counted = [_count(sample, index, n, prediction, protocol) for n, prediction in enumerate(found)]
+            rows += counted
+            if kept:
+                pairs = enumerate(zip(counted, found, strict=True))
+                kept.add(index, [_record(sample, n, row, prediction, seconds) for n, (row, prediction) in pairs])
+        answer.finish(read.any)
+    except BaseException:
+        if kept:
+            kept.abandon()
+        raise
+    finally:
+        model.train(was_training)
+    if kept:
+        kept.close()
+    shares = gather_objects((rows, failed))
+    rows = sorted((row for share, _ in shares for row in share), key=lambda row: row.image)
+    failed = sorted((entry for _, share in shares for entry in share), key=lambda entry: entry["image_index"])
+    if failed and not rows:
+        raise ValueError(f"all {len(failed)} pictures failed, the first with: {failed[0]['error']}")
     return {
-        **total["all"].compute(),
-        "images": sum(count for _, count in shares),
+        **summarize(rows, generated=protocol == "generate"),
+        "failed": failed,
+        "images_taken_over": len(done),
         "seconds": round(time.monotonic() - begin, 2),
         "protocol": protocol,
         "compat": compat,
         "conv_type": conv_type,
-        "subsets": subsets,
     }
 
 
+# ------------------------------------------------------------------------------------------------ one picture
+
+
 def predict(
-    model: READForCausalLM, processor: READProcessor, batch: Batch, protocol: str, compat: str, max_new_tokens: int
+    model: READForCausalLM,
+    processor: READProcessor,
+    batch: Batch,
+    protocol: str,
+    compat: str,
+    max_new_tokens: int,
+    chunk: int | None = None,
+    share_prefix: bool = True,
 ) -> list[Prediction]:
-    """Answers and masks of the N questions of a batch."""
+    """Answers and masks of the N questions of a batch, at most `chunk` at a time, its pictures encoded once."""
     inputs = batch.to(model.device, model.dtype).model_inputs()
-    if protocol == "forced":
-        answers = [turns[-1][1] or "" for sample in batch.samples for turns in sample.conversations]
-        return _predictions(model(**inputs).segments, answers, batch)
-    answers = []
-    if compat == "released":
-        found = []
-        for n in range(len(batch.input_ids)):
-            alone = _row(inputs, n)
-            out = model.generate_segments(**alone, max_new_tokens=max_new_tokens, compat=compat)
-            found += _predictions(out.segments, [processor.decode(out.answer_ids[0])], batch, first=n)
-        return found
-    out = model.generate_segments(**inputs, max_new_tokens=max_new_tokens, compat=compat)
-    return _predictions(out.segments, [processor.decode(ids) for ids in out.answer_ids], batch)
-
-
-def _row(inputs: dict[str, Any], n: int) -> dict[str, Any]:
-    """The arguments of one question with its padding, and its picture alone."""
-    image = int(inputs["image_of_question"][n])
-    of_image = {name: inputs[name][image : image + 1] for name in ("clip_images", "sam_images")}
-    sizes = {name: [inputs[name][image]] for name in ("sam_sizes", "original_sizes")}
-    rows = {name: inputs[name][n : n + 1] for name in ("input_ids", "attention_mask")}
-    return {**of_image, **sizes, **rows, "image_of_question": torch.zeros_like(inputs["image_of_question"][n : n + 1])}
-
-
-def _predictions(segments: Segments, answers: list[str], batch: Batch, first: int = 0) -> list[Prediction]:
-    """One Prediction an answer; `first` is the place in the batch of the first of them."""
+    asked = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "image_of_question")}
+    images = model.encode_images(**inputs)
+    given = [turns[-1][1] or "" for sample in batch.samples for turns in sample.conversations]
+    alone = compat == "released" and protocol == "generate"
+    chunk = 1 if alone else chunk or len(given)
     found = []
-    for n, answer in enumerate(answers):
-        entries = segments.of_question(n)
-        if entries:
-            mask = (segments.mask_logits[entries[0]] > 0).cpu()
-            points = segments.points[entries[0]].tolist()
-            labels = segments.point_labels[entries[0]].tolist()
+    for first in range(0, len(given), chunk):
+        part = {name: tensor[first : first + chunk] for name, tensor in asked.items()}
+        if protocol == "forced":
+            segments = model.segment_answers(images, **part, share_prefix=share_prefix)
+            answers = given[first : first + chunk]
         else:
-            size = batch.original_sizes[int(batch.image_of_question[first + n])]
-            mask, points, labels = torch.zeros(tuple(size), dtype=torch.bool), [], []
-        found.append(Prediction(answer, len(entries), mask, points, labels))
+            out = model.generate_answers(
+                images, **part, max_new_tokens=max_new_tokens, compat=compat, share_prefix=share_prefix
+            )
+            segments, answers = out.segments, [processor.decode(ids) for ids in out.answer_ids]
+        sizes = [batch.original_sizes[int(image)] for image in part["image_of_question"]]
+        found += _predictions(segments, answers, sizes)
     return found
 
 
-# ------------------------------------------------------------------------------------------------ batches
+def _predictions(segments: Segments, answers: list[str], sizes: list[tuple[int, int]]) -> list[Prediction]:
+    """One Prediction an answer about a picture of that size (H, W)."""
+    found = []
+    for n, (answer, size) in enumerate(zip(answers, sizes, strict=True)):
+        entries = segments.of_question(n)
+        if entries:
+            first = entries[0]
+            mask = (segments.mask_logits[first] > 0).cpu()
+            points, labels = segments.points[first].tolist(), segments.point_labels[first].tolist()
+            confidence = float(segments.scores[first])
+        else:
+            mask, points, labels, confidence = torch.zeros(tuple(size), dtype=torch.bool), [], [], None
+        found.append(Prediction(answer, len(entries), mask, points, labels, confidence))
+    return found
 
 
-class _Batches(torch.utils.data.Dataset):
-    """(index in the data set, batches of its questions) of the pictures of one process."""
+class _Answerer:
+    """A picture's batch -> the predictions of its expressions, or, unless strict, in words what went wrong twice."""
 
     def __init__(
         self,
-        dataset: Sequence[Sample],
-        indices: Sequence[int],
+        model: READForCausalLM,
         processor: READProcessor,
         protocol: str,
         compat: str,
-        conv_type: str,
+        max_new_tokens: int,
         chunk: int,
-        collate: Callable[..., Batch],
+        strict: bool,
     ) -> None:
-        self.dataset, self.indices, self.processor, self.collate = dataset, indices, processor, collate
-        self.conv_type = conv_type
-        self.padding = "right" if protocol == "forced" else "left"
-        # The original pads all questions of a picture to the longest of them: `released` must see them together.
-        self.chunk = chunk if compat == "correct" or protocol == "forced" else None
+        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        self.protocol, self.compat, self.chunk, self.strict = protocol, compat, chunk, strict
+        self.in_step = _InStep(split=any(hasattr(p, "ds_id") for p in model.parameters()))
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def __call__(self, index: int, batch: Batch) -> list[Prediction] | str:
+        try:
+            return self._predict(batch, self.chunk)
+        except Exception as error:
+            if self.strict or self.in_step.split:  # where processes must keep step, none may try again alone
+                raise
+            log.warning("picture %d, once more with fewer expressions at a time: %s", index, _words(error))
+        # Not inside `except`: there the error would still hold the memory it died of.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            return self._predict(batch, max(self.chunk // 4, 1))
+        except Exception as error:
+            return _words(error)
 
-    def __getitem__(self, i: int) -> tuple[int, list[Batch]]:
-        index = self.indices[i]
-        return index, [self._batch(part) for part in chunks(self.dataset[index], self.chunk)]
+    def _predict(self, batch: Batch, chunk: int) -> list[Prediction]:
+        if not self.in_step.split:
+            return predict(self.model, self.processor, batch, self.protocol, self.compat, self.max_new_tokens, chunk)
+        found = []
+        for part in _parts(batch, chunk):
+            self.in_step.begin()
+            found += self._alone(part)
+        return found
 
-    def any(self) -> Batch:
-        """One question of the first picture that has one, whosever it is."""
-        parts = (part for i in range(len(self.dataset)) for part in chunks(self.dataset[i], 1))
-        return self._batch(next(parts))
+    def _alone(self, batch: Batch) -> list[Prediction]:
+        """One forward of each part of the model, whatever the batch, so that processes that split the weights keep step."""
+        return predict(
+            self.model, self.processor, batch, self.protocol, self.compat, self.max_new_tokens, share_prefix=False
+        )
 
-    def _batch(self, part: Sample) -> Batch:
-        return self.collate([part], self.processor, training=False, padding=self.padding, conv_type=self.conv_type)
+    def finish(self, any_batch: Callable[[], Batch]) -> None:
+        """After the last picture of this process."""
+        self.in_step.finish(lambda: self._alone(next(_parts(any_batch(), 1))))
+
+
+def _parts(batch: Batch, size: int) -> Iterator[Batch]:
+    """A picture's batch in batches of at most `size` of its questions."""
+    turns = [turns for sample in batch.samples for turns in sample.conversations]
+    for first in range(0, len(turns), size):
+        rows = slice(first, first + size)
+        yield dataclasses.replace(
+            batch,
+            input_ids=batch.input_ids[rows],
+            attention_mask=batch.attention_mask[rows],
+            image_of_question=batch.image_of_question[rows],
+            masks=batch.masks[rows],
+            exists=batch.exists[rows],
+            samples=[dataclasses.replace(batch.samples[0], conversations=turns[rows])],
+        )
 
 
 class _InStep:
@@ -250,101 +330,123 @@ class _InStep:
             forward()
 
 
-def chunks(sample: Sample, size: int | None) -> Iterator[Sample]:
-    """A sample in parts of at most `size` questions; None keeps it whole."""
-    count = len(sample.conversations)
-    size = size or max(count, 1)
-    for a in range(0, count, size):
-        part = slice(a, a + size)
-        yield dataclasses.replace(
-            sample,
-            conversations=sample.conversations[part],
-            masks=sample.masks[part],
-            exists=sample.exists[part],
-            questions=sample.questions[part],
-            meta={name: _part(value, part, count) for name, value in sample.meta.items()},
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class _Reader(torch.utils.data.Dataset):
+    """(index in the data set, a batch of all its questions, or in words why there is none) of one process's pictures."""
+
+    def __init__(
+        self,
+        dataset: Sequence[Sample],
+        indices: Sequence[int],
+        processor: READProcessor,
+        protocol: str,
+        conv_type: str,
+        max_positions: int,
+        collate: Callable[..., Batch],
+        strict: bool,
+    ) -> None:
+        self.dataset, self.indices, self.processor, self.collate = dataset, indices, processor, collate
+        self.conv_type, self.max_positions, self.strict = conv_type, max_positions, strict
+        self.padding = "right" if protocol == "forced" else "left"
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[int, Batch | str]:
+        index = self.indices[i]
+        for last in (False, True):  # a file system may fail once
+            try:
+                return index, self._batch(self.dataset[index])
+            except Exception as error:
+                if self.strict:
+                    raise
+                if last:
+                    return index, _words(error)
+        raise AssertionError("not reached")
+
+    def any(self) -> Batch:
+        """The first picture that has a question, whosever it is."""
+        return next(self._batch(sample) for i in range(len(self.dataset)) if (sample := self.dataset[i]).conversations)
+
+    def _batch(self, sample: Sample) -> Batch:
+        return self.collate(
+            [sample],
+            self.processor,
+            training=False,
+            padding=self.padding,
+            conv_type=self.conv_type,
+            max_positions=self.max_positions,
         )
 
 
-def _part(value: Any, part: slice, count: int) -> Any:
-    """The part of a meta value that has one entry a question; anything else as it is."""
-    return value[part] if isinstance(value, list | tuple) and len(value) == count else value
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:500]}"
 
 
 # ------------------------------------------------------------------------------------------------ what is kept
 
 
-def _subsets(sample: Sample, n: int, place: int) -> list[str]:
-    """Names of the groups that question n of a (part of a) sample belongs to."""
-    names = ["present" if sample.exists[n] else "false premise"]
-    sentence = sample.meta.get("is_sentence")
-    if isinstance(sentence, list | tuple):
-        sentence = sentence[n] if n < len(sentence) else None
-    if sentence is not None:
-        names.append("long" if sentence else "short")
-    return names
+def _count(sample: Sample, index: int, n: int, prediction: Prediction, protocol: str) -> Expression:
+    """The pixels and verdicts of one expression."""
+    reference = _reference(sample, n) if protocol == "generate" else None
+    return count(
+        prediction.mask,
+        torch.as_tensor(sample.masks[n]),
+        index,
+        bool(sample.exists[n]),
+        prediction.exists,
+        sentence=_of_question(sample, "is_sentence", n),
+        words=len(sample.questions[n].split()),
+        say=None if reference is None else say_score(prediction.answer, reference, asked=sample.questions[n]),
+    )
 
 
-def _record(sample: Sample, n: int, prediction: Prediction, pixels: Overlap) -> dict[str, Any]:
-    """The JSON line of one expression."""
-    from pycocotools import mask as coco
-
-    rle = coco.encode(prediction.mask.numpy().astype("uint8", order="F"))
+def _record(sample: Sample, n: int, row: Expression, prediction: Prediction, seconds: float) -> dict[str, Any]:
+    """The JSON line of one expression, see `utils.predictions`."""
+    target = np.asarray(sample.masks[n])
+    mask = encode_mask(prediction.mask.numpy())
     record = {
+        "image_index": row.image,
+        "question_index": n,
         "image": sample.image_path,
         "question": sample.questions[n],
         "prompt": sample.conversations[n][-1][0],
         "answer": prediction.answer,
-        "exists": bool(sample.exists[n]),
+        "exists": bool(row.exists),
         "predicted_exists": prediction.exists,
         "num_seg": prediction.num_seg,
-        "iou": pixels.iou,
-        "intersection": pixels.intersection,
-        "union": pixels.union,
-        "mask": {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")},
+        "iou": row.iou,
+        "intersection": row.intersection,
+        "union": row.union,
+        "mask": mask,
+        "target": encode_mask(target == 1),
+        "box": coco.toBbox(mask).tolist() if prediction.mask.any() else None,
+        "confidence": prediction.confidence,
         "points": [[round(x, 2), round(y, 2)] for x, y in prediction.points],
         "point_labels": prediction.point_labels,
+        "seconds": round(seconds, 4),
     }
-    for name, key in (("ref_ids", "ref_id"), ("sent_ids", "sent_id")):
-        values = sample.meta.get(name)
-        if isinstance(values, list | tuple) and n < len(values):
-            record[key] = values[n]
-    return record
+    if (target == IGNORE_PIXEL).any():
+        record["ignored"] = encode_mask(target == IGNORE_PIXEL)
+    said = {
+        "is_sentence": _of_question(sample, "is_sentence", n),
+        "reference": _reference(sample, n),
+        "say": None if math.isnan(row.say) else round(row.say, 6),
+        "ref_id": _of_question(sample, "ref_ids", n),
+        "sent_id": _of_question(sample, "sent_ids", n),
+    }
+    return record | {name: value for name, value in said.items() if value is not None}
 
 
-class _PredictionFile(contextlib.AbstractContextManager):
-    """Writes records as they come, a file a process; at the end the first process joins them in the data set's order."""
+def _reference(sample: Sample, n: int) -> str | None:
+    """What the answer to a false premise should say instead."""
+    return None if sample.exists[n] else _of_question(sample, "references", n)
 
-    def __init__(self, path: str | Path | None, rank: int, world: int) -> None:
-        self.path = Path(path) if path is not None else None
-        self.rank, self.world, self.lines = rank, world, None
 
-    def _share(self, rank: int) -> Path:
-        return self.path.with_name(f"{self.path.name}.part{rank}")
-
-    def __enter__(self) -> _PredictionFile:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lines = self._share(self.rank).open("w")
-        return self
-
-    def write(self, image: int, question: int, record: Callable[[], dict[str, Any]]) -> None:
-        """Writes a record, made only if there is a file, under its place in the data set."""
-        if self.lines is not None:
-            self.lines.write(json.dumps({"image_index": image, "question_index": question, **record()}) + "\n")
-
-    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        if self.lines is None:
-            return
-        self.lines.close()
-        if failed is not None:
-            return
-        barrier()
-        if self.rank == 0:
-            shares = [self._share(rank) for rank in range(self.world) if self._share(rank).is_file()]
-            lines = [line for share in shares for line in share.read_text().splitlines()]
-            places = [(record["image_index"], record["question_index"]) for record in map(json.loads, lines)]
-            ordered = [line for _, line in sorted(zip(places, lines, strict=True))]
-            self.path.write_text("".join(line + "\n" for line in ordered))
-            for share in shares:
-                share.unlink()
+def _of_question(sample: Sample, name: str, n: int) -> Any:
+    """Question n's entry of a list in a sample's meta; None where the data set has none."""
+    values = sample.meta.get(name)
+    return values[n] if isinstance(values, list | tuple) and n < len(values) else None

@@ -1,0 +1,336 @@
+"""test_read.py from end to end on a tiny model: stopped and resumed, failing pictures, chunks, processes, what it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco
+from tiny_training import CKPT, ROOT, needs_ckpt, write_reason_seg
+
+import test_read
+from dataset import build_eval
+from dataset.mini.write import write_all
+from model import READForCausalLM, READProcessor
+from utils import evaluate as evaluation
+from utils.evaluate import evaluate
+from utils.prediction_log import PredictionLog
+
+pytestmark = needs_ckpt
+GENERATE = ("--protocol", "generate", "--max_new_tokens", "12", "--data", "fprefcoco|val", "ReasonSeg|val")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mini world, five val pictures a set, several expressions each."""
+    root = tmp_path_factory.mktemp("data")
+    write_all(root, seed=3, train=2, val=5, test=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[READForCausalLM, READProcessor]:
+    """A tiny random model and its processor."""
+    folder, tower = CKPT / "read_tiny", CKPT / "clip_tiny"
+    return (
+        READForCausalLM.from_pretrained(folder, vision_tower=tower).requires_grad_(False),
+        READProcessor.from_pretrained(folder, vision_tower=tower),
+    )
+
+
+def line(data: Path, out: Path, *more: str) -> list[str]:
+    """A command line of test_read.py."""
+    model = ("--version", str(CKPT / "read_tiny"), "--vision_tower", str(CKPT / "clip_tiny"))
+    return [*model, "--dataset_dir", str(data), "--out", str(out), "--workers", "0", *more]
+
+
+def found(out: Path) -> tuple[list[dict], dict[str, list[dict]]]:
+    """(results, records by file) of a folder, without times."""
+    results = json.loads((out / "results.json").read_text())["results"]
+    files = {f.name: [json.loads(text) for text in f.read_text().splitlines()] for f in sorted(out.glob("*.jsonl"))}
+    for entry in [*results, *(record for records in files.values() for record in records)]:
+        entry.pop("seconds")
+        entry.pop("images_taken_over", None)
+    return results, files
+
+
+def equal(one: object, other: object) -> bool:
+    """Equality in which NaN equals NaN."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    assert test_read.main(line(data, out, *GENERATE)) == 0
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ what it writes
+
+
+def test_records_say_what_was_found(whole: Path) -> None:
+    """Every field of a record agrees with its mask; the lines stand in the data set's order; nothing else is left behind."""
+    results, files = found(whole)
+    assert sorted(file.name for file in whole.iterdir()) == [*sorted(files), "results.json"]
+    records = files["predictions_fprefcoco_val.jsonl"]
+    places = [(record["image_index"], record["question_index"]) for record in records]
+    assert places == sorted(places) and len(set(places)) == len(places) == results[0]["expressions"]
+    assert {record["num_seg"] > 0 for record in records} == {True, False}, "a model that always says the same shows little"
+    for record in records:
+        mask, target = coco.decode(record["mask"]), coco.decode(record["target"])
+        assert record["intersection"] == int((mask & target).sum())
+        assert record["union"] == int((mask | target).sum())
+        assert record["predicted_exists"] == (record["num_seg"] > 0 and bool(mask.any()))
+        assert (record["confidence"] is None) == (record["num_seg"] == 0)
+        assert len(record["points"]) == len(record["point_labels"])
+        assert bool(target.any()) == record["exists"]
+        if mask.any():
+            ys, xs = np.nonzero(mask)
+            assert record["box"] == [xs.min(), ys.min(), xs.max() - xs.min() + 1, ys.max() - ys.min() + 1]
+        else:
+            assert record["box"] is None
+        assert ("reference" in record) == (not record["exists"])
+        assert 0 <= record.get("say", 0) <= 1
+
+
+def test_the_result_names_what_it_depends_on(whole: Path) -> None:
+    """Enough to say whether two results may be compared."""
+    record = json.loads((whole / "results.json").read_text())
+    assert record["protocol"] == "generate" and record["compat"] == "correct" and record["templates"] == "fixed"
+    assert record["checkpoint"] and record["versions"]["torch"] and record["sasp"]["enabled"] and record["conv_type"]
+    assert record["say"].startswith("chrF2")
+    assert [result["dataset"] for result in record["results"]] == ["fprefcoco", "ReasonSeg"]
+    for result in record["results"]:
+        assert result["images"] == result["images_in_split"] == 5 and result["failed"] == []
+        assert result["see"] is not None and result["say"] is not None and result["interval"]["giou"]
+        assert {"present", "false premise"} <= set(result["subsets"])
+
+
+def test_scores_come_back_from_predictions_alone(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--cmd metrics` needs neither model nor pictures, and recounts every pixel to the same scores."""
+    from utils.scores import recompute
+
+    results, _ = found(whole)
+    again = {result["dataset"]: result for result in recompute([whole])}
+    for result in results:
+        for name, value in result.items():
+            if name in again[result["dataset"]]:
+                assert equal(again[result["dataset"]][name], value), name
+        assert again[result["dataset"]]["stored_differ"] == 0
+    assert test_read.main(["--cmd", "metrics", "--predictions", str(whole)]) == 0
+    assert "fprefcoco val" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ together and alone
+
+
+@pytest.mark.parametrize("protocol", ["forced", "generate"])
+def test_together_is_as_alone(data: Path, tiny: tuple, tmp_path: Path, protocol: str) -> None:
+    """One expression at a time, seven, or all of a picture: same answers, same pixels; the third one shares no prefix."""
+    model, processor = tiny
+    samples = build_eval("fprefcoco", "val", data, protocol=protocol)
+    kept = {}
+    for chunk in (1, 7, 100):
+        path = tmp_path / f"{chunk}.jsonl"
+        evaluate(
+            model, processor, samples, protocol=protocol, max_new_tokens=12, predictions_path=path, chunk=chunk,
+            progress=False,
+        )  # fmt: skip
+        kept[chunk] = [json.loads(text) for text in path.read_text().splitlines()]
+        for record in kept[chunk]:
+            del record["seconds"], record["confidence"], record["points"]  # floats, which rounding may touch
+    assert kept[1] == kept[7] == kept[100]
+    assert len(kept[1]) > 3 * len(samples)
+
+
+# ------------------------------------------------------------------------------------------------ stopped and resumed
+
+
+def test_goes_on_after_the_last_whole_picture(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the third picture of the second data set, then its file torn: the rest is done, and the result is the same."""
+    asked: list[int] = []
+    real = evaluation._Answerer.__call__
+
+    def until(count: int):
+        def call(self, index, batch):
+            if len(asked) == count:
+                raise KeyboardInterrupt
+            asked.append(index)
+            return real(self, index, batch)
+
+        return call
+
+    monkeypatch.setattr(evaluation._Answerer, "__call__", until(8))
+    with pytest.raises(KeyboardInterrupt):
+        test_read.main(line(data, tmp_path, *GENERATE))
+    part = tmp_path / "predictions_ReasonSeg_val.jsonl.part0"
+    assert len(part.read_text().splitlines()) == 1 + 3
+    part.write_bytes(part.read_bytes()[:-40])  # the third picture's line was not written whole
+    assert (tmp_path / "predictions_fprefcoco_val.jsonl").is_file()
+
+    asked.clear()
+    monkeypatch.setattr(evaluation._Answerer, "__call__", until(100))
+    assert test_read.main(line(data, tmp_path, *GENERATE)) == 0
+    assert asked == [2, 3, 4]  # of ReasonSeg; the first data set was taken over whole
+    assert equal(found(tmp_path), found(whole))
+    assert not list(tmp_path.glob("*.part*"))
+
+    asked.clear()
+    assert test_read.main(line(data, tmp_path, *GENERATE)) == 0 and asked == []  # nothing left to do
+    assert test_read.main(line(data, tmp_path, *GENERATE, "--overwrite")) == 0 and len(asked) == 10
+    assert equal(found(tmp_path), found(whole))
+
+
+def test_killed_then_finished_by_two_processes(data: Path, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle; two processes take over what one has done: the numbers of a run that nobody stopped."""
+    program = [str(ROOT / "test_read.py"), *line(data, tmp_path, *GENERATE)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    first = subprocess.Popen([sys.executable, *program], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    part = tmp_path / "predictions_fprefcoco_val.jsonl.part0"
+    deadline = time.monotonic() + 120
+    while not (part.is_file() and part.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        assert first.poll() is None, "finished before it could be killed"
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert part.is_file() and not (tmp_path / "results.json").is_file()
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"]
+    subprocess.run([sys.executable, *launcher, *program], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert equal(found(tmp_path), found(whole))
+    assert json.loads((tmp_path / "results.json").read_text())["results"][0]["images_taken_over"] >= 2
+
+
+def test_other_settings_do_not_mix(data: Path, tmp_path: Path) -> None:
+    """What another SasP has begun is neither continued nor thrown away without being asked."""
+    path = tmp_path / "predictions_ReasonSeg_val.jsonl"
+    settings = {"protocol": "forced", "sasp": {"num_points": 30}}
+    log = PredictionLog(path, settings)
+    log.add(0, [])
+    log.abandon()
+    with pytest.raises(ValueError, match="unfinished evaluation.*--overwrite.*sasp .*30.* then, .*60.* now"):
+        PredictionLog(path, settings | {"sasp": {"num_points": 60}})
+    with pytest.raises(SystemExit, match="unfinished evaluation"):
+        test_read.main(line(data, tmp_path, "--data", "ReasonSeg|val"))
+    assert PredictionLog(path, settings).done == {0: []}  # still there
+    assert test_read.main(line(data, tmp_path, "--data", "ReasonSeg|val", "--overwrite")) == 0
+
+
+def test_log_of_any_number_of_processes(tmp_path: Path) -> None:
+    """Lines of three processes, one with a torn end, are joined in order, a picture once."""
+    path, settings = tmp_path / "p.jsonl", {"a": [1, 2]}
+    logs = [PredictionLog(path, settings, rank) for rank in (0, 1, 2)]
+    for image in (5, 1, 3):
+        logs[image % 3].add(image, [{"image_index": image, "question_index": q} for q in (0, 1)])
+    for log in logs:
+        log.abandon()
+    with (tmp_path / "p.jsonl.part1").open("a") as file:
+        file.write('{"image_index": 9, "records": [{"image_ind')
+    (tmp_path / "p.jsonl.part2").write_bytes((tmp_path / "p.jsonl.part2").read_bytes()[:10])  # killed in its first line
+    last = PredictionLog(path, {"a": (1, 2)}, 1)
+    assert sorted(last.done) == [1, 3]
+    last.add(0, [{"image_index": 0, "question_index": 0}])
+    last.rank = 0  # the first process joins
+    last.close()
+    assert [(r["image_index"], r["question_index"]) for r in map(json.loads, path.read_text().splitlines())] == [
+        (0, 0), (1, 0), (1, 1), (3, 0), (3, 1),
+    ]  # fmt: skip
+    assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------ failing pictures
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A ReasonSeg tree in which one picture of four is no picture."""
+    write_reason_seg(tmp_path / "data", {"val": 4})
+    (tmp_path / "data/reason_seg/ReasonSeg/val/2.jpg").write_bytes(b"no picture")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_is_named_and_left_out(
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    """The run goes on; the summary says which picture is missing and why; mended, it alone is asked at the next start."""
+    out = tmp_path / "out"
+    assert test_read.main([*line(broken, out), "--workers", workers]) == 0
+    result = json.loads((out / "results.json").read_text())["results"][0]
+    assert result["images"] == 3 and [entry["image_index"] for entry in result["failed"]] == [2]
+    assert "2.jpg" in result["failed"][0]["error"]
+    assert "1 pictures FAILED" in capsys.readouterr().out
+    picture = broken / "reason_seg/ReasonSeg/val/2.jpg"
+    picture.write_bytes((broken / "reason_seg/ReasonSeg/val/1.jpg").read_bytes())
+    assert test_read.main(line(broken, out)) == 0
+    result = json.loads((out / "results.json").read_text())["results"][0]
+    assert result["images"] == 4 and result["failed"] == [] and result["images_taken_over"] == 3
+
+
+def test_strict_stops_at_a_broken_picture(broken: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"ReasonSeg\|val: .*2\.jpg"):
+        test_read.main(line(broken, tmp_path / "out", "--strict"))
+
+
+def test_too_little_memory_is_met_with_smaller_chunks(
+    data: Path, tiny: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory with all expressions of a picture: once more with a quarter as many; out again: failed, and it goes on."""
+    model, processor = tiny
+    samples = build_eval("fprefcoco", "val", data)
+    sizes: list[int] = []
+    real = model.segment_answers
+    room = 4
+
+    def segment(images, input_ids, *args, **kwargs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(images, input_ids, *args, **kwargs)
+
+    expected = evaluate(model, processor, samples, chunk=16, progress=False)
+    monkeypatch.setattr(model, "segment_answers", segment)
+    scores = evaluate(model, processor, samples, chunk=16, progress=False, strict=False)
+    assert max(sizes) > room and scores["failed"] == []
+    assert scores["ciou"] == expected["ciou"] and scores["expressions"] == expected["expressions"]
+
+    big = len(samples[0].conversations)
+    room = min(len(samples[i].conversations) for i in range(len(samples)))
+    scores = evaluate(model, processor, samples, chunk=4 * big, progress=False, strict=False)
+    assert 0 < len(scores["failed"]) < len(samples) and "OutOfMemoryError" in scores["failed"][0]["error"]
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, processor, samples, chunk=4 * big, progress=False)
+    room = 0
+    with pytest.raises(ValueError, match="all 5 pictures failed, the first with: OutOfMemoryError"):
+        evaluate(model, processor, samples, progress=False, strict=False)
+
+
+def test_a_prompt_that_does_not_fit_is_a_failed_picture(tmp_path: Path, tiny: tuple) -> None:
+    """A question of more words than the model has positions is named with what fits; the other pictures are measured."""
+    model, processor = tiny
+    room = model.config.llava.text_config.max_position_embeddings
+    write_reason_seg(tmp_path, {"val": 2})
+    file = tmp_path / "reason_seg/ReasonSeg/val/0.json"
+    content = json.loads(file.read_text())
+    content["text"] = ["thing " * room]
+    file.write_text(json.dumps(content))
+    scores = evaluate(model, processor, build_eval("ReasonSeg", "val", tmp_path), progress=False, strict=False)
+    assert scores["images"] == 1 and len(scores["failed"]) == 1
+    assert "0.jpg" in scores["failed"][0]["error"] and str(room) in scores["failed"][0]["error"]
+
+
+def test_an_empty_split_of_nothing_is_no_score(tiny: tuple) -> None:
+    model, processor = tiny
+    assert math.isnan(evaluate(model, processor, [], progress=False)["giou"])
