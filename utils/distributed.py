@@ -10,6 +10,7 @@ import dataclasses
 import os
 import random
 import socket
+import sys
 from typing import Any
 
 import numpy as np
@@ -47,20 +48,17 @@ def start(engine: bool) -> World:
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     choose_accelerator()
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+    if _on_gpu():
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
     if (engine or size > 1) and not dist.is_initialized():
-        _start_group(rank, size, local_rank)
+        _start_group(rank, size, local_rank, engine)
     return World(rank, size, device)
 
 
-def _start_group(rank: int, size: int, local_rank: int) -> None:
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
+def _start_group(rank: int, size: int, local_rank: int, engine: bool) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if size == 1:  # nobody else has to know the port: any free one, so that two runs on a machine do not collide
@@ -68,18 +66,33 @@ def _start_group(rank: int, size: int, local_rank: int) -> None:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     os.environ.setdefault("MASTER_PORT", "29500")
+    if not engine:  # to evaluate, DeepSpeed need not be installed
+        dist.init_process_group("nccl" if _on_gpu() else "gloo")
+        return
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
     if get_accelerator().device_name() == "cpu":
         # Else DeepSpeed looks for compilers and builds, half a minute long, a shared-memory op for inference only.
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(verbose=False)
 
 
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
 def stop() -> None:
     """Leaves the process group, if there is one, so that another run may start in this process."""
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if "deepspeed" in sys.modules:
         import deepspeed
 
-        deepspeed.comm.destroy_process_group()
+        if deepspeed.comm.is_initialized():  # it remembers the group as well
+            deepspeed.comm.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:
