@@ -55,7 +55,7 @@ demo: setup
 	bash merge_lora_weight.sh $(DEMO)/train $(DEMO)/merged --overwrite
 	@printf '\n== 5/7 after: as in 2\n'
 	bash val_read.sh $(DEMO)/merged --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/after
-	python -m utils.compare $(DEMO)/before $(DEMO)/after
+	python -m utils.compare $(DEMO)/before $(DEMO)/after --html $(DEMO)/compare.html
 	@printf '\n== 6/7 FP-RefCOCO val, answers generated\n'
 	bash test_read.sh $(DEMO)/merged --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/test
 	@printf '\n== 7/7 one picture, one question: $(DEMO)/answers\n'

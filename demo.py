@@ -29,7 +29,7 @@ from utils.cli import DEFAULT_MODEL, add_model_flags, load_model, one_line
 if TYPE_CHECKING:
     import numpy as np
 
-    from model import EncodedImages, READGeneration
+    from model import Answer, EncodedImages
     from utils.conversation import Turns
 
 QUIT = ("quit", "exit", "q")
@@ -115,11 +115,12 @@ class Demo:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
+        from model import READPredictor
+
         self.options = options
         self.version = options.version or DEFAULT_MODEL
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.processor = load_model(options, device)
-        self.conv_type = options.conv_type or self.model.config.conv_type
+        self.predictor = READPredictor(*load_model(options, device), options.conv_type)
         self.turns: Turns = []
         self.shown: tuple[np.ndarray, EncodedImages] | None = None
         """The picture asked about last, and what the model knows of it."""
@@ -134,60 +135,29 @@ class Demo:
         Raises:
             ValueError: the question contains a mark of the prompt format.
         """
-        if "<image>" in prompt:
-            raise ValueError("the question must not contain <image>: the picture is put in front of it by itself")
-        result = self.generate(picture, prompt)
-        answer = self.processor.decode(result.answer_ids[0])
+        answer = self.answer(picture, prompt)
         if self.options.history:
-            self.turns.append((prompt, answer))
+            self.turns.append((prompt, answer.text))
         folder = new_folder(Path(self.options.vis_save_path), path, prompt)
-        record = self.write(folder, path, picture, prompt, answer, result)
+        record = self.write(folder, path, picture, prompt, answer)
         print_answer(record, folder)
         return folder
 
-    def generate(self, picture: np.ndarray, prompt: str) -> READGeneration:
-        """The model's own answer to one question."""
-        import torch
-
-        from utils.conversation import with_image
-
-        turns = [*self.turns, (prompt, None)]
-        turns[0] = (with_image(turns[0][0]), turns[0][1])
-        ids, _ = self.processor.encode(turns, self.conv_type)
-        input_ids = torch.tensor([ids], device=self.model.device)
-        return self.model.generate_answers(
-            self.encode(picture),
-            input_ids,
-            torch.ones_like(input_ids, dtype=torch.bool),
-            torch.zeros(1, dtype=torch.long, device=self.model.device),
-            max_new_tokens=self.options.max_new_tokens,
-            force_segment=self.options.force_segment,
-        )
-
-    def encode(self, picture: np.ndarray) -> EncodedImages:
-        """What the model knows of a picture; asked about again, it is not looked at again."""
-        import torch
-
+    def answer(self, picture: np.ndarray, prompt: str) -> Answer:
+        """The model's own answer to one question; a picture asked about again is not looked at again."""
         if self.shown is None or self.shown[0] is not picture:
-            views = self.processor.views(picture)
-            device, dtype = self.model.device, self.model.dtype
-            with torch.no_grad():
-                images = self.model.encode_images(
-                    clip_images=views.clip[None].to(device, dtype),
-                    sam_images=views.sam[None].to(device, dtype),
-                    sam_sizes=[views.sam_size],
-                    original_sizes=[views.original_size],
-                )
-            self.shown = (picture, images)
-        return self.shown[1]
+            self.shown = (picture, self.predictor.encode([picture]))
+        out = self.predictor.generate(
+            self.shown[1], [[*self.turns, (prompt, None)]], [0], max_new_tokens=self.options.max_new_tokens,
+            force_segment=self.options.force_segment,
+        )  # fmt: skip
+        return self.predictor.answers(out, [picture.shape[:2]])[0]
 
-    def write(
-        self, folder: Path, path: str, picture: np.ndarray, prompt: str, answer: str, result: READGeneration
-    ) -> dict[str, Any]:
+    def write(self, folder: Path, path: str, picture: np.ndarray, prompt: str, answer: Answer) -> dict[str, Any]:
         """Pictures and answer.json; returns what the latter holds."""
         from utils import visualize
 
-        segments = [visualize.segment_of(result.segments, m) for m in range(len(result.segments))]
+        segments = visualize.segments_of(answer)
         entries = []
         for m, segment in enumerate(segments):
             suffix = "" if m == 0 else f"_{m + 1}"
@@ -199,26 +169,25 @@ class Demo:
                     "similarity": f"similarity{suffix}.png",
                     "pixels": int(segment.mask.sum()),
                     "share": float(segment.mask.mean()),
-                    "score": float(result.segments.scores[m]),
+                    "score": float(answer.scores[m]),
                     "points": segment.points.round(3).tolist(),
                     "point_labels": segment.labels.tolist(),
                 }
             )
         if segments:
             visualize.overlay_image(picture, segments).save(folder / "overlay.png")
-        visualize.panel_image(picture, prompt, answer, segments).save(folder / "panel.png")
-        forced = bool(result.forced[0])
+        visualize.panel_image(picture, prompt, answer.text, segments).save(folder / "panel.png")
         record = {
             "image": str(Path(path).resolve()),
             "prompt": prompt,
-            "answer": answer,
+            "answer": answer.text,
             # Presence as evaluation counts it: [SEG] was written, and the mask of the first is not empty.
-            "exists": bool(entries) and not forced and entries[0]["pixels"] > 0,
-            "forced": forced,
+            "exists": bool(entries) and not answer.forced and entries[0]["pixels"] > 0,
+            "forced": answer.forced,
             "segments": entries,
             "model": self.version,
-            "conv_type": self.conv_type,
-            "sasp": dataclasses.asdict(self.model.config.sasp),
+            "conv_type": self.predictor.conv_type,
+            "sasp": dataclasses.asdict(self.predictor.model.config.sasp),
         }
         (folder / "answer.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         return record

@@ -8,6 +8,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from .config import LossConfig, READConfig, SamConfig, SaspConfig
 from .lora import add_lora, merge_lora, save_adapter, set_trainable
+from .predictor import Answer, READPredictor
 from .presets import PRESETS, Preset, get_preset
 from .processing import READProcessor
 from .quantize import dequantize_language_model, quantize_language_model
@@ -16,6 +17,7 @@ from .sasp import select_points
 
 __all__ = [
     "PRESETS",
+    "Answer",
     "EncodedImages",
     "LossConfig",
     "Preset",
@@ -23,6 +25,7 @@ __all__ = [
     "READForCausalLM",
     "READGeneration",
     "READOutput",
+    "READPredictor",
     "READProcessor",
     "SamConfig",
     "SaspConfig",

@@ -13,6 +13,7 @@ from dataset.mini.write import write_all
 from model.checkpoint import weight_files
 from utils.cli import DEFAULT_MODEL
 from utils.image import read_image
+from utils.predictions import predictions_name
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_few_bits_cached_features_and_own_data(data, tmp_path):
         assert test_read.main([*command, "--out", str(tmp_path / name)]) == 0
         record = json.loads((tmp_path / name / "results.json").read_text())
         assert record["bits"] == 8
-        assert (tmp_path / name / f"predictions_{test_read.file_name(str(own))}_val.jsonl").is_file()
+        assert (tmp_path / name / predictions_name(str(own), "val")).is_file()
         results.append([{k: v for k, v in result.items() if k != "seconds"} for result in record["results"]])
     assert results[0] == results[1]
     assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 4

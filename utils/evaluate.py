@@ -211,7 +211,7 @@ def predict(
     images = model.encode_images(**inputs)
     given = [turns[-1][1] or "" for sample in batch.samples for turns in sample.conversations]
     alone = compat == "released" and protocol == "generate"
-    chunk = 1 if alone else chunk or len(given)
+    chunk = 1 if alone else chunk or max(len(given), 1)
     found = []
     for first in range(0, len(given), chunk):
         part = {name: tensor[first : first + chunk] for name, tensor in asked.items()}

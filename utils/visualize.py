@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from model import Segments
+    from model import Answer
 
 Colour = tuple[int, int, int]
 
@@ -51,16 +51,10 @@ class Segment:
     """(K,) int64: 1 object, 0 background, -1 neutral. Neutral points carry no position in SAM, so they are not drawn."""
 
 
-def segment_of(segments: Segments, index: int) -> Segment:
-    """Entry `index` of the model's result, as arrays."""
-    similarity = segments.similarity[index].detach().float().cpu().numpy()
-    side = round(len(similarity) ** 0.5)
-    return Segment(
-        mask=(segments.mask_logits[index] > 0).cpu().numpy(),
-        similarity=similarity.reshape(side, side),
-        points=segments.points[index].detach().float().cpu().numpy().reshape(-1, 2),
-        labels=segments.point_labels[index].cpu().numpy(),
-    )
+def segments_of(answer: Answer) -> list[Segment]:
+    """What there is to draw of an answer, a Segment a [SEG]."""
+    parts = zip(answer.masks, answer.similarity, answer.points, answer.point_labels, strict=True)
+    return [Segment(*part) for part in parts]
 
 
 # ------------------------------------------------------------------------------------------------ single pictures

@@ -1,0 +1,223 @@
+"""READ as a library: pictures and questions in, answers with masks as arrays out.
+
+    predictor = READPredictor.from_pretrained("assets/read-mini-base")
+    answer = predictor.ask("street.jpg", "Which of these can carry my shopping?")
+    answer.text, answer.masks, answer.boxes, answer.scores, answer.to_rle()
+
+    predictor.ask(["a.jpg", "b.jpg"], ["the red cup", "Where does one sit?"])      a question each, batched
+    predictor.ask("a.jpg", ["the red cup", "the blue one"])                        several about one picture, looked at once
+
+Legend: M [SEG] tokens in an answer · (H, W) pixels of the picture · K points · G side of the grid of image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.conversation import Turns, with_image
+from utils.image import read_image
+
+from .processing import READProcessor
+from .read import EncodedImages, READForCausalLM, READGeneration, Segments
+
+Picture = str | Path | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says to one question, and what it means by each [SEG] in its answer (M may be 0)."""
+
+    text: str
+    masks: np.ndarray
+    """(M, H, W) bool."""
+    scores: np.ndarray
+    """(M,) float32, SAM's own estimate of each mask's IoU."""
+    points: np.ndarray
+    """(M, K, 2) float32, (x, y) in pixels of the picture; K is 0 with SasP off."""
+    point_labels: np.ndarray
+    """(M, K) int64: 1 object, 0 background, -1 neutral."""
+    similarity: np.ndarray
+    """(M, G, G) float32 over CLIP's view, the centre square of the picture."""
+    forced: bool = False
+    """The answer held no [SEG], and a mask was asked for all the same."""
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """(M, 4) float32, [x, y, width, height] of each mask as COCO writes it; zeros where a mask is empty."""
+        from pycocotools import mask as coco
+
+        found = [coco.toBbox(coco.encode(np.asfortranarray(mask, dtype=np.uint8))) for mask in self.masks]
+        return np.array(found, dtype=np.float32).reshape(-1, 4)
+
+    def to_rle(self) -> list[dict[str, Any]]:
+        """A COCO RLE {"size": [H, W], "counts": str} of each mask, as pycocotools and JSON take it."""
+        from utils.predictions import encode_mask
+
+        return [encode_mask(mask) for mask in self.masks]
+
+    def to_labelme(self, image_path: str, question: str) -> dict[str, Any]:
+        """A LabelMe file's content, in ReasonSeg's form: the outline of every part of every mask under the label `target`.
+
+        Holes are lost, as LabelMe's polygons have none; single pixels and lines are left out, as they enclose nothing.
+        """
+        import cv2
+
+        shapes = []
+        for mask in self.masks:
+            outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+            shapes += [
+                {"label": "target", "points": outline[:, 0].tolist(), "shape_type": "polygon", "group_id": None, "flags": {}}
+                for outline in outlines
+                if len(outline) >= 3
+            ]
+        height, width = self.masks.shape[1:]
+        return {
+            "version": "5.0.0",
+            "flags": {},
+            "text": [question],
+            "is_sentence": question.rstrip().endswith("?"),
+            "shapes": shapes,
+            "imagePath": image_path,
+            "imageData": None,
+            "imageHeight": height,
+            "imageWidth": width,
+        }
+
+
+class READPredictor:
+    """A model and its processor, asked in words. Pictures asked about again are not looked at again, as long as they are kept."""
+
+    def __init__(self, model: READForCausalLM, processor: READProcessor, conv_type: str | None = None) -> None:
+        self.model, self.processor = model.eval(), processor
+        self.conv_type = conv_type or model.config.conv_type
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None, **options: Any
+    ) -> READPredictor:
+        """From a checkpoint folder or hub id; a GPU and bf16 if there is one, else the CPU and fp32.
+
+        `options` as for `READForCausalLM.from_pretrained`, whose errors it raises.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = READForCausalLM.from_pretrained(path, dtype=dtype, **options).requires_grad_(False).to(device)
+        return cls(model, READProcessor.from_pretrained(path, vision_tower=options.get("vision_tower")))
+
+    def ask(
+        self,
+        images: Picture | Sequence[Picture],
+        questions: str | Sequence[str],
+        *,
+        max_new_tokens: int = 512,
+        force_segment: bool = False,
+        batch_size: int = 8,
+    ) -> Answer | list[Answer]:
+        """Answers to questions; one Answer where one question was given, else a list.
+
+        Args:
+            images: a file, a PIL image or an array (H, W, 3) uint8 RGB; or as many of them as questions.
+            questions: a question, or several, about the one picture or about a picture each.
+            max_new_tokens: longest answer.
+            force_segment: an answer without [SEG] gets the mask that a [SEG] at its end would have had.
+            batch_size: questions that go through the model together.
+
+        Raises:
+            FileNotFoundError, ValueError: a picture cannot be read, numbers do not fit, or a question holds a mark of the
+                prompt format.
+        """
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        one_picture = isinstance(images, str | Path | Image.Image | np.ndarray)
+        shown = [images] if one_picture else list(images)
+        if not one_picture and len(shown) != len(asked):
+            raise ValueError(f"{len(shown)} pictures for {len(asked)} questions: give one picture, or one a question")
+        answers: list[Answer] = []
+        pictures = [to_array(picture) for picture in shown] if one_picture else None
+        encoded = self.encode(pictures) if pictures else None
+        for first in range(0, len(asked), batch_size):
+            part = asked[first : first + batch_size]
+            known = encoded or self.encode([to_array(picture) for picture in shown[first : first + batch_size]])
+            of_question = [0] * len(part) if encoded else list(range(len(part)))
+            turns: list[Turns] = [[(question, None)] for question in part]
+            out = self.generate(known, turns, of_question, max_new_tokens=max_new_tokens, force_segment=force_segment)
+            answers += self.answers(out, [known.original_sizes[image] for image in of_question])
+        return answers[0] if isinstance(questions, str) else answers
+
+    @torch.no_grad()
+    def encode(self, pictures: Sequence[np.ndarray]) -> EncodedImages:
+        """What the model knows of pictures (H, W, 3) uint8 RGB before it is asked."""
+        views = [self.processor.views(picture) for picture in pictures]
+        device, dtype = self.model.device, self.model.dtype
+        return self.model.encode_images(
+            clip_images=torch.stack([view.clip for view in views]).to(device, dtype),
+            sam_images=torch.stack([view.sam for view in views]).to(device, dtype),
+            sam_sizes=[view.sam_size for view in views],
+            original_sizes=[view.original_size for view in views],
+        )
+
+    def generate(
+        self, images: EncodedImages, conversations: Sequence[Turns], of_question: Sequence[int], **options: Any
+    ) -> READGeneration:
+        """The model's answers to conversations whose last answer is None, each about picture `of_question[n]` of `images`.
+
+        `options` as for `READForCausalLM.generate_answers`.
+        """
+        rows = []
+        for turns in conversations:
+            for question, _ in turns:
+                if "<image>" in question:
+                    raise ValueError("a question must not contain <image>: the picture is put in front of it by itself")
+            (question, answer), *rest = turns
+            rows.append(self.processor.encode([(with_image(question), answer), *rest], self.conv_type)[0])
+        length = max(map(len, rows))
+        device = self.model.device
+        ids = torch.tensor([[self.processor.pad_token_id] * (length - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows], device=device)
+        return self.model.generate_answers(images, ids, mask, torch.tensor(of_question, device=device), **options)
+
+    def answers(self, out: READGeneration, sizes: Sequence[tuple[int, int]]) -> list[Answer]:
+        """The Answers of a generation; `sizes` are the (H, W) of each question's picture."""
+        return [
+            _answer(out.segments, n, self.processor.decode(ids), size, forced)
+            for n, (ids, size, forced) in enumerate(zip(out.answer_ids, sizes, out.forced, strict=True))
+        ]
+
+
+def to_array(picture: Picture) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a file, a PIL image or such an array.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no image, or an array of another form.
+    """
+    if isinstance(picture, str | Path):
+        return read_image(picture)
+    if isinstance(picture, Image.Image):
+        return np.asarray(picture.convert("RGB"))
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ValueError(f"a picture is (H, W, 3) uint8 RGB, found {picture.shape} {picture.dtype}")
+    return picture
+
+
+def _answer(segments: Segments, n: int, text: str, size: tuple[int, int], forced: bool) -> Answer:
+    return Answer(text=text, forced=forced, **dict(_arrays(segments, segments.of_question(n), size)))
+
+
+def _arrays(segments: Segments, entries: list[int], size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
+    """The fields of an Answer for some entries of `segments`."""
+    side = round(segments.similarity.shape[-1] ** 0.5)
+    similarity = segments.similarity[entries].float().cpu().numpy()
+    yield "similarity", similarity.reshape(-1, side, side)
+    yield "scores", segments.scores[entries].float().cpu().numpy()
+    masks = [(segments.mask_logits[m] > 0).cpu().numpy() for m in entries]
+    yield "masks", np.stack(masks) if masks else np.zeros((0, *size), bool)
+    points = [segments.points[m].float().cpu().numpy() for m in entries]
+    yield "points", np.stack(points) if points else np.zeros((0, 0, 2), np.float32)
+    labels = [segments.point_labels[m].cpu().numpy() for m in entries]
+    yield "point_labels", np.stack(labels) if labels else np.zeros((0, 0), np.int64)
