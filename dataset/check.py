@@ -3,7 +3,8 @@
     python -m dataset.check --own_data PATH         own data (dataset/own.py) instead, pictures and all
 
 Counts pictures and questions of every set and split, and looks at every annotation; with --pictures it decodes every picture
-too. Ends with 0 if all that was asked for is whole, with 1 if something is missing, with 2 if something is broken.
+too. Ends with 0 if all that was asked for is whole, with 1 if something is missing, with 2 if something is broken. What is only
+odd (a file without shapes has an empty target, as two of ReasonSeg's test files have) is noted, and is no fault.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from utils.image import read_image
 
 from .own import SHOWN as OWN_SHOWN
 from .own import OwnDataError, open_splits, question_mask
-from .reason_seg import draw_mask, list_files, read_annotation
+from .reason_seg import Annotation, draw_mask, list_files, read_annotation
 from .refer_api import SPLIT_BY, Refer
 from .sem_seg import SOURCES
 from .vqa import VqaTraining
@@ -58,6 +59,8 @@ class Report:
     splits: list[Split] = field(default_factory=list)
     missing: str = ""
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What is used as it is, and may not be meant so."""
 
 
 def check(family: str, name: str, dataset_dir: Path, pictures: bool = False) -> Report:
@@ -65,14 +68,17 @@ def check(family: str, name: str, dataset_dir: Path, pictures: bool = False) -> 
     report = Report(family, name)
     look = {"sem_seg": _sem_seg, "reason_seg": _reason_seg, "vqa": _vqa, "own": _own}.get(family, _refer)
     try:
-        for path in look(report, dataset_dir):
-            if not path.is_file():
-                report.faults.append(f"{path} does not exist")
-            elif pictures:
-                try:
-                    read_image(path)
-                except ValueError as error:
-                    report.faults.append(str(error))
+        for path, size in look(report, dataset_dir):
+            if path.is_file() and not pictures:
+                continue
+            try:
+                found = read_image(path).shape[:2]
+            except (OSError, ValueError) as error:
+                report.faults.append(str(error))
+                continue
+            if size not in (None, found):
+                has, wants = (" x ".join(map(str, sides)) for sides in (found, size))
+                report.faults.append(f"{path} has {has} pixels (turned, if its EXIF data say so), its annotations {wants}")
     except FileNotFoundError as error:
         report.missing = str(error)
     except OwnDataError as error:
@@ -82,28 +88,35 @@ def check(family: str, name: str, dataset_dir: Path, pictures: bool = False) -> 
     return report
 
 
-def _refer(report: Report, root: Path) -> Iterator[Path]:
+Picture = tuple[Path, tuple[int, int] | None]
+"""A file that must be there, and the size (H, W) that its annotations are for, where they say so."""
+
+
+def _refer(report: Report, root: Path) -> Iterator[Picture]:
     refer = Refer(root, report.name)
+    empty = set()
     for name in sorted({str(ref.get("split", "")) for ref in refer.refs}):
         split = Split(name)
         report.splits.append(split)
         for picture in refer.of_split(name):
             split.pictures += 1
-            yield refer.image_dir / picture.file_name
+            yield refer.image_dir / picture.file_name, (picture.height, picture.width)
             for sentence in picture.sentences:
                 split.questions += 1
                 split.positive += sentence["exists"]
                 split.negative += not sentence["exists"]
                 if sentence["exists"]:
                     try:
-                        refer.mask(sentence["ann_id"], picture.height, picture.width)
+                        if not refer.mask(sentence["ann_id"], picture.height, picture.width).any():
+                            empty.add(f"{refer.instances_file}, annotation {sentence['ann_id']}: is asked for, and empty")
                     except ValueError as error:
                         report.faults.append(str(error))
                 elif report.name.startswith("fp") and not sentence["gt_sent"]:
                     report.faults.append(f"{refer.refs_file}: sent_id {sentence['sent_id']} is false and has no gt_sent")
+    report.notes += sorted(empty)
 
 
-def _reason_seg(report: Report, root: Path) -> Iterator[Path]:
+def _reason_seg(report: Report, root: Path) -> Iterator[Picture]:
     absent = []
     for name in REASON_SPLITS:
         try:
@@ -115,22 +128,39 @@ def _reason_seg(report: Report, root: Path) -> Iterator[Path]:
         report.splits.append(split)
         for picture, file in files:
             split.pictures += 1
-            yield picture
+            yield picture, None
             try:
                 note = read_annotation(file)
-                if not draw_mask(note.shapes, *read_image(picture).shape[:2]).any():
-                    report.faults.append(f"{file}: its shapes cover nothing of the picture")
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 report.faults.append(str(error))
                 continue
             split.positive += len(note.texts)
             split.negative += len(note.false_premises)
+            report.notes += [f"{file}: {words}" for words in _odd_shapes(note, picture)]
         split.questions = split.positive + split.negative
     if not report.splits:
         raise FileNotFoundError(absent[0])
 
 
-def _sem_seg(report: Report, root: Path) -> Iterator[Path]:
+def _odd_shapes(note: Annotation, picture: Path) -> Iterator[str]:
+    """What may not be meant so in a ReasonSeg file."""
+    if not note.shapes:
+        yield "it has no shapes, so its target is empty"
+    for shape in note.shapes:
+        if len(shape["points"]) < 3:
+            yield f"a shape of {len(shape['points'])} points is drawn as a {'dot' if len(shape['points']) == 1 else 'line'}"
+        if not any(word in shape["label"].lower() for word in ("target", "ignore")):
+            yield f"a shape with the label {shape['label']!r} counts as the target"
+    if note.shapes and picture.is_file():
+        try:
+            size = read_image(picture).shape[:2]
+        except (OSError, ValueError):
+            return  # --pictures tells
+        if not (draw_mask(note.shapes, *size) == 1).any():
+            yield "its shapes cover nothing of the picture, so its target is empty"
+
+
+def _sem_seg(report: Report, root: Path) -> Iterator[Picture]:
     source = SOURCES[report.name](root)
     split = Split("train")
     report.splits.append(split)
@@ -144,10 +174,10 @@ def _sem_seg(report: Report, root: Path) -> Iterator[Path]:
             continue
         split.positive += len(content.present)
         split.questions += len(content.present)
-        yield content.path
+        yield content.path, None
 
 
-def _vqa(report: Report, root: Path) -> Iterator[Path]:
+def _vqa(report: Report, root: Path) -> Iterator[Picture]:
     data = VqaTraining(root, report.name)
     split = Split("train")
     report.splits.append(split)
@@ -159,10 +189,10 @@ def _vqa(report: Report, root: Path) -> Iterator[Path]:
             continue
         split.pictures += 1
         split.questions += 1
-        yield data.picture(number)
+        yield data.picture(number), None
 
 
-def _own(report: Report, _: Path) -> Iterator[Path]:
+def _own(report: Report, _: Path) -> Iterator[Picture]:
     """Decodes every picture: its size must be that of its masks."""
     for name, opened in open_splits(report.name).items():
         split = Split(name)
@@ -176,7 +206,7 @@ def _own(report: Report, _: Path) -> Iterator[Path]:
             split.pictures += 1
             try:
                 size = read_image(picture.path).shape[:2]
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 report.faults.append(str(error))
                 continue
             for asked in picture.questions:
@@ -246,6 +276,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"broken   {report.name}: {fault}")
         if len(report.faults) > shown:
             print(f"broken   {report.name}: and {len(report.faults) - shown} more")
+        for note in report.notes[:shown]:
+            print(f"note     {report.name}: {note}")
+        if len(report.notes) > shown:
+            print(f"note     {report.name}: and {len(report.notes) - shown} more")
     for report in reports:
         if report.missing:
             print(f"missing  {report.name}: {report.missing}")

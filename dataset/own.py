@@ -60,14 +60,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from utils.image import read_image
 
 from . import templates
 from .draw import choose, pick
-from .reason_seg import TRUE_SHARE, draw_mask, question, read_annotation
-from .refer_api import rle
+from .reason_seg import TRUE_SHARE, draw_mask, outline, question, read_annotation
+from .refer_api import draw_segmentation
 from .sem_seg import MODE_SHARES
 from .types import Sample
 
@@ -269,7 +268,7 @@ def read_mask(file: Path, height: int = 0, width: int = 0) -> np.ndarray:
     try:
         with Image.open(file) as image:
             stored, alpha = np.asarray(image), image.getbands()[-1] == "A"  # of a palette, the numbers
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} cannot be read as a mask: {error}") from error
     solid = stored[..., -1] != 0 if alpha else True
     if stored.ndim == 3:
@@ -331,11 +330,10 @@ def draw_coco(notes: Sequence[dict[str, Any]], height: int, width: int) -> np.nd
     """(H, W) uint8 of annotations together: polygons, RLE or compressed RLE. ValueError names one that cannot be drawn."""
     mask = np.zeros((height, width), np.uint8)
     for note in notes:
-        parts = note["segmentation"] if isinstance(note["segmentation"], list) else [note["segmentation"]]
         try:
-            mask |= coco_mask.decode([rle(part, height, width) for part in parts]).max(axis=2)
-        except Exception as error:  # pycocotools raises whatever it stumbles over
-            raise ValueError(f"annotation {note['id']} does not fit {height} x {width} pixels: {error!r}") from error
+            mask |= draw_segmentation(note["segmentation"], height, width)
+        except ValueError as error:
+            raise ValueError(f"annotation {note['id']} does not fit {height} x {width} pixels: {error}") from error
     return mask
 
 
@@ -395,7 +393,7 @@ def _outlines(file: Path, shapes: Sequence[Any]) -> list[dict[str, Any]]:
     found = []
     for number, shape in enumerate(shapes):
         try:
-            label, points = shape["label"].strip(), np.asarray(shape["points"], dtype=float).reshape(-1, 2)
+            label, points = shape["label"].strip(), outline(shape["points"])
             kind = shape.get("shape_type") or "polygon"
             if kind == "rectangle" and len(points) == 2:  # two corners
                 points = np.stack([points[[0, 1, 1, 0], 0], points[[0, 0, 1, 1], 1]], axis=1)

@@ -31,8 +31,7 @@ class ReferTraining:
         refer = self.refer
         picture = self.pictures[rng.integers(len(self.pictures))]
         chosen = choose(picture.sentences, self.k, rng)
-        path = refer.image_dir / picture.file_name
-        image = read_image(path)
+        path, image = _read(refer, picture)
         masks = [refer.mask(s["ann_id"], *image.shape[:2]) for s in chosen if s["exists"]]
         return Sample(
             image_path=str(path),
@@ -43,6 +42,22 @@ class ReferTraining:
             questions=[s["sent"] for s in chosen],
             meta={"dataset": refer.name, "split": "train"},
         )
+
+
+def _read(refer: Refer, picture: ReferImage) -> tuple[Path, np.ndarray]:
+    """Path and pixels of a picture.
+
+    Raises:
+        ValueError: its size is another than that for which its polygons were drawn; they would be somewhere else.
+    """
+    path = refer.image_dir / picture.file_name
+    image = read_image(path)
+    if image.shape[:2] != (picture.height, picture.width):
+        raise ValueError(
+            f"{path} has {image.shape[0]} x {image.shape[1]} pixels (turned, if its EXIF data say so), but "
+            f"{refer.instances_file}, image {picture.image_id}, height and width: {picture.height} x {picture.width}"
+        )
+    return path, image
 
 
 def _question(text: str, rng: np.random.Generator) -> str:
@@ -64,7 +79,12 @@ def answer(sentence: dict[str, Any], rng: np.random.Generator, name: str) -> str
 
 
 class ReferEvaluation:
-    """A split, one item a picture with all its expressions; masks of false premises are empty (§5)."""
+    """A split, one item a picture with all its expressions; masks of false premises are empty (§5).
+
+    Raises:
+        FileNotFoundError, ValueError: the set or the split is not there, or broken. A picture that is missing, damaged or of
+            another size, and an annotation that cannot be drawn, are told when that item is asked for.
+    """
 
     def __init__(
         self, dataset_dir: str | Path, name: str, split: str, protocol: str, random_templates: bool = False, seed: int = 0
@@ -78,8 +98,7 @@ class ReferEvaluation:
 
     def __getitem__(self, index: int) -> Sample:
         picture = self.pictures[index]
-        path = self.refer.image_dir / picture.file_name
-        image = read_image(path)
+        path, image = _read(self.refer, picture)
         empty = np.zeros(image.shape[:2], np.uint8)
         rng = np.random.default_rng([self.seed, index])
         conversations = []

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,7 @@ from utils.image import read_image
 
 from . import templates
 from .draw import choose, pick
+from .refer_api import draw_segmentation
 from .types import Sample
 
 UNLABELLED = 255
@@ -67,7 +68,7 @@ class LabelMaps:
         """
         try:
             stored = np.array(Image.open(file))  # of a palette PNG the numbers, as Mapillary has them; cv2 gives the colours
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{file} cannot be read as a label map: {error}") from error
         if stored.ndim != 2:
             raise ValueError(f"{file} is no label map: it has colours, not one number a pixel")
@@ -98,7 +99,7 @@ class Parts:
                 self.coco = COCO(str(file))
             except (ValueError, KeyError, AssertionError) as error:
                 raise ValueError(f"{file} is no COCO file: {error!r}") from error
-        self.image_dir = image_dir
+        self.file, self.image_dir = file, image_dir
         self.images = [image for image in self.coco.getImgIds() if self.coco.getAnnIds(imgIds=image)]
         self.names = {
             category["id"]: tuple(word.split("_(")[0] for word in category["name"].strip().split(":"))
@@ -122,11 +123,22 @@ class Parts:
         return Content(
             self.image_dir / image["file_name"],
             [
-                (self.say(self.names[note["category_id"]], rng), lambda note=note: self.coco.annToMask(note))
+                (self.say(self.names[note["category_id"]], rng), lambda note=note: self.mask(note, image))
                 for note in notes
             ],
             [self.say(name, rng) for name in self.names.values() if name not in shown],
         )
+
+    def mask(self, note: dict[str, Any], image: dict[str, Any]) -> np.ndarray:
+        """(H, W) uint8 in {0, 1} of one annotation.
+
+        Raises:
+            ValueError: it cannot be drawn; the message names file, annotation and field.
+        """
+        try:
+            return draw_segmentation(note["segmentation"], image["height"], image["width"])
+        except ValueError as error:
+            raise ValueError(f"{self.file}, annotation {note['id']}, segmentation: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------ the five sets

@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from utils.image import SLIM
+
 IGNORE_INDEX = -100
 IGNORE_PIXEL = 255
 DICE_SCALE, DICE_EPS, MASK_EPS = 1000.0, 1e-6, 1e-8
@@ -82,8 +84,13 @@ def similarity_loss(
 
 def mask_on_token_grid(mask: torch.Tensor, grid: int, clip_image_size: int) -> torch.Tensor:
     """(P,) float32 in [0, 1]: share of each image token covered by the mask (H, W), in CLIP's centre crop (§2)."""
+    short = min(mask.shape)
+    for axis, length in enumerate(mask.shape):
+        if length > SLIM * short:  # enlarge no more of it than three times what the crop holds, as much on each side
+            rest = length - 3 * short
+            mask = mask.narrow(axis, rest // 2, length - rest // 2 * 2)
     height, width = mask.shape
-    scale = clip_image_size / min(height, width)
+    scale = clip_image_size / short
     size = (max(round(height * scale), clip_image_size), max(round(width * scale), clip_image_size))
     resized = F.interpolate((mask == 1).float()[None, None], size, mode="bilinear", align_corners=False)
     top, left = ((length - clip_image_size) // 2 for length in size)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from utils.image import SLIM
+
 POSITIVE, NEGATIVE, NEUTRAL = 1, 0, -1
 
 REFINE_RADIUS = 5
@@ -141,7 +143,10 @@ def _fine_map_matrices(
     for length in image_size:
         if geometry == "released":
             pad = _released_pad(length, min(image_size), clip_image_size)
-            axis = F.interpolate(F.pad(view, (pad, pad)), size=length, mode="linear", align_corners=False)[0].T
+            if length > SLIM * min(image_size):  # 1 x 20000 pixels would be padded to 6.7 million cells
+                axis = _interpolate_padded(view[0].T, pad, length)
+            else:
+                axis = F.interpolate(F.pad(view, (pad, pad)), size=length, mode="linear", align_corners=False)[0].T
         else:
             resized, start = _clip_crop(length, min(image_size), clip_image_size)
             centre = (torch.arange(length, dtype=torch.float64) + 0.5) * resized / length - start
@@ -157,6 +162,17 @@ def _fine_map_matrices(
     return matrices[0], matrices[1]
 
 
+def _interpolate_padded(view: torch.Tensor, pad: int, length: int) -> torch.Tensor:
+    """(length, g): view (s, g), `pad` zero rows on each side of it, linearly interpolated; the zeros are never made."""
+    size = len(view)
+    padded = F.pad(view, (0, 0, 1, 1))  # one zero row on each side stands for all
+    place = ((torch.arange(length, dtype=torch.float64) + 0.5) * (size + 2 * pad) / length - 0.5).clamp(min=0)
+    low = place.floor().long()
+    share = (place - low).float()[:, None]
+    first, second = (padded[(index - pad + 1).clamp(0, size + 1)] for index in (low, low + 1))
+    return (1 - share) * first + share * second
+
+
 @lru_cache(maxsize=256)
 def _grid_cells(
     image_size: tuple[int, int], coarse: int, clip_image_size: int, geometry: str
@@ -168,9 +184,8 @@ def _grid_cells(
         if geometry == "released":
             pad = _released_pad(length, min(image_size), coarse)
             padded = coarse + 2 * pad
-            for i in range(padded):
-                if 0 <= i - pad < coarse:
-                    cells.append((int(min((i + 0.5) * length / padded, length - 1)), i - pad))
+            for i in range(max(pad, 0), min(pad + coarse, padded)):
+                cells.append((int(min((i + 0.5) * length / padded, length - 1)), i - pad))
         else:
             resized, start = _clip_crop(length, min(image_size), clip_image_size)
             for i in range(coarse):
