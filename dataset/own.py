@@ -637,5 +637,9 @@ def _sample(
         masks=masks,
         exists=[one.exists for one in asked],
         questions=[one.text for one in asked],
-        meta={**meta, "is_sentence": [one.is_sentence for one in asked]},
+        meta={
+            **meta,
+            "is_sentence": [one.is_sentence for one in asked],
+            "references": [None if one.exists else one.correction or one.answer for one in asked],
+        },
     )

@@ -232,8 +232,10 @@ class ReasonEvaluation:
         mask = draw_mask(note.shapes, *image.shape[:2])
         rng = np.random.default_rng([self.seed, index])
         asked = [(note.texts[0], note.is_sentence, True)]
+        references: list[str | None] = [None]
         if self.protocol == "generate":
             asked += [(text, is_sentence, False) for text, is_sentence, _ in note.false_premises]
+            references += [answer for _, _, answer in note.false_premises]
         conversations = []
         for text, is_sentence, _ in asked:
             if self.random_templates:
@@ -250,5 +252,10 @@ class ReasonEvaluation:
             masks=np.stack([mask if exists else np.zeros_like(mask) for _, _, exists in asked]),
             exists=[exists for _, _, exists in asked],
             questions=[text for text, _, _ in asked],
-            meta={"dataset": "ReasonSeg", "split": self.split, "is_sentence": [s for _, s, _ in asked]},
+            meta={
+                "dataset": "ReasonSeg",
+                "split": self.split,
+                "is_sentence": [s for _, s, _ in asked],
+                "references": references,
+            },
         )

@@ -128,6 +128,6 @@ class ReferEvaluation:
                 "split": self.split,
                 "ref_ids": [s["ref_id"] for s in picture.sentences],
                 "sent_ids": [s["sent_id"] for s in picture.sentences],
-                "gt_sents": [s["gt_sent"] for s in picture.sentences],
+                "references": [None if s["exists"] else s["gt_sent"] for s in picture.sentences],
             },
         )

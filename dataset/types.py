@@ -28,7 +28,8 @@ class Sample:
     questions: list[str]
     """One a conversation: the bare expression or sentence."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Data set, split, ids; lists in it have one entry a conversation."""
+    """Data set, split, ids; lists in it have one entry a conversation. In evaluation `references` holds what an answer to a
+    false premise should say instead, None for a true one."""
 
 
 @dataclass

@@ -177,6 +177,9 @@ class READPredictor:
             (question, answer), *rest = turns
             rows.append(self.processor.encode([(with_image(question), answer), *rest], self.conv_type)[0])
         length = max(map(len, rows))
+        room = self.model.config.llava.text_config.max_position_embeddings
+        if length > room:
+            raise ValueError(f"the conversation has {length} tokens with its picture, and the model holds {room}: ask shorter")
         device = self.model.device
         ids = torch.tensor([[self.processor.pad_token_id] * (length - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows], device=device)

@@ -151,11 +151,11 @@ def test_forced_answers_cannot_deny():
 def test_subsets():
     sized = [row(target=t) for t in (0, 9, 10, 99, 100, 1000)] + [row(target=5, exists=0)]
     parts = {name: part["expressions"] for name, part in summarize(sized, generated=True)["subsets"].items()}
-    assert parts == {"present": 6, "false premise": 1, "mask < 1 %": 2, "mask 1-10 %": 2, "mask > 10 %": 2}
-    worded = [row(words=w, pixels=0) for w in (0, 1, 2, 3, 5, 6, 40)]
+    assert parts == {"present": 6, "false premise": 1, "mask < 1 %": 1, "mask 1-10 %": 2, "mask > 10 %": 2}
+    worded = [row(words=w, target=0) for w in (0, 1, 2, 3, 5, 6, 40)]
     parts = {name: part["expressions"] for name, part in summarize(worded, generated=True)["subsets"].items()}
     assert parts == {"1-2 words": 2, "3-5 words": 2, "6+ words": 2}
-    asked = [row(image=s, words=3 * s, sentence=s, pixels=0) for s in (0, 1, 1)]
+    asked = [row(image=s, words=3 * s, sentence=s, target=0) for s in (0, 1, 1)]
     parts = {name: (part["expressions"], part["images"]) for name, part in summarize(asked, generated=True)["subsets"].items()}
     assert parts == {"short": (1, 1), "long": (2, 1)}
     assert summarize([row()] * 3, generated=True)["subsets"] == {}

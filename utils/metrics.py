@@ -152,7 +152,7 @@ def summarize(rows: Sequence[Expression], *, generated: bool, resamples: int = 2
             "present", "false premise"   truth of the premise
             "short", "long"              phrase or whole question, where the data set says so;
             "1-2 words", ...             where it does not, words of the expression (`WORDS`)
-            "mask < 1 %", ...            share of the picture that the object takes (`MASK_SIZES`); true premises only
+            "mask < 1 %", ...            share of the picture that the object takes (`MASK_SIZES`), where there is one
     """
     rows = sorted(rows, key=lambda row: row.image)
     subsets = {name: _whole(part, generated) for name, part in _subsets(rows) if 0 < len(part) < len(rows)}
@@ -246,7 +246,7 @@ def _subsets(rows: Sequence[Expression]) -> list[tuple[str, list[Expression]]]:
         parts += [(name, [row for row in rows if row.sentence == kind]) for name, kind in (("short", 0), ("long", 1))]
     else:
         parts += [(name, [row for row in rows if low <= row.words <= high]) for name, low, high in WORDS]
-    sized = [row for row in rows if row.exists == 1 and row.pixels]
+    sized = [row for row in rows if row.exists == 1 and row.target]
     parts += [
         (name, [row for row in sized if low * row.pixels <= row.target < high * row.pixels])
         for name, low, high in MASK_SIZES
