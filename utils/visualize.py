@@ -6,6 +6,10 @@
     panel_image(image, q, a, segments)   all of it side by side under question and answer
     truth_image(image, mask, ignored)    the picture with the outline of what is meant
     answer_image(image, segment, tint)   one answer's mask and points; beside truth_image in a comparison
+    map_image(image, heat, seen)         a map that lies over the picture already, and where it passes a threshold
+    points_image(image, segment)         the points alone
+    strip_image(tiles, labels)           tiles in a row
+    sheet_image(rows, columns)           tiles in rows and columns, each row under its own words
 
 In go a picture (H, W, 3) uint8 RGB and `Segment`s, out come PIL images; nothing is written here.
 
@@ -70,12 +74,7 @@ def similarity_image(image: np.ndarray, segment: Segment) -> Image.Image:
 
     The map covers what CLIP saw; what its crop cut off stays dark.
     """
-    height, width = image.shape[:2]
-    heat, seen = _heat(segment.similarity, height, width)
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None] * 0.7
-    strength = (0.12 + 0.72 * heat[..., None]) * seen[..., None]
-    mixed = grey * np.where(seen[..., None], 1.0, 0.4) * (1 - strength) + _colours(heat) * strength
-    return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
+    return Image.fromarray(_heated(image, *_heat(segment.similarity, *image.shape[:2])))
 
 
 def overlay_image(image: np.ndarray, segments: list[Segment]) -> Image.Image:
@@ -88,12 +87,14 @@ def overlay_image(image: np.ndarray, segments: list[Segment]) -> Image.Image:
 # ------------------------------------------------------------------------------------------------ side by side in a page
 
 
-def truth_image(image: np.ndarray, mask: np.ndarray, ignored: np.ndarray | None = None) -> Image.Image:
+def truth_image(
+    image: np.ndarray, mask: np.ndarray, ignored: np.ndarray | None = None, side: int = LONG_SIDE_IN_PAGE
+) -> Image.Image:
     """The picture with the true mask (H, W) outlined in white; hatched where `ignored` (H, W), which does not count.
 
-    The longest side becomes LONG_SIDE_IN_PAGE; small pictures are enlarged four times at most.
+    The longest side becomes `side`; small pictures are enlarged four times at most.
     """
-    scale = _scale_in_page(image)
+    scale = _scale_in_page(image, side)
     picture = _resized(image, scale)
     canvas = np.array(picture)
     if ignored is not None and ignored.any():
@@ -105,14 +106,88 @@ def truth_image(image: np.ndarray, mask: np.ndarray, ignored: np.ndarray | None 
     return Image.fromarray(canvas)
 
 
-def answer_image(image: np.ndarray, segment: Segment, tint: Colour) -> Image.Image:
+def answer_image(image: np.ndarray, segment: Segment, tint: Colour, side: int = LONG_SIDE_IN_PAGE) -> Image.Image:
     """The picture with one mask in the colour `tint` and the points that prompted it, in the size of `truth_image`."""
-    scale = _scale_in_page(image)
+    scale = _scale_in_page(image, side)
     return _with_points(_with_masks(image, [segment], scale, tint=tint), [segment], scale)
 
 
-def _scale_in_page(image: np.ndarray) -> float:
-    return min(LONG_SIDE_IN_PAGE / max(image.shape[:2]), 4.0)
+def map_image(
+    image: np.ndarray, heat: np.ndarray, seen: np.ndarray, level: float | None = None, side: int = LONG_SIDE_IN_PAGE
+) -> Image.Image:
+    """A map (H, W) in [0, 1] as heat over the dimmed picture, darker where not `seen` (H, W), in the size of `truth_image`.
+
+    With `level` the places where the map is at least that are outlined.
+    """
+    scale = _scale_in_page(image, side)
+    picture = _resized(image, scale)
+    fine = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR))
+    covered = np.asarray(Image.fromarray(seen).resize(picture.size, Image.Resampling.NEAREST))
+    canvas = _heated(np.asarray(picture), fine.clip(0, 1), covered)
+    if level is not None and (heat >= level).any():
+        _outline(canvas, (fine >= level) & covered, PAPER, edge=INK)
+    return Image.fromarray(canvas)
+
+
+def points_image(image: np.ndarray, segment: Segment, side: int = LONG_SIDE_IN_PAGE) -> Image.Image:
+    """The points on the dimmed picture, in the size of `truth_image`."""
+    scale = _scale_in_page(image, side)
+    dimmed = (np.asarray(_resized(image, scale)) * 0.72 + 255 * 0.06).astype(np.uint8)
+    return _with_points(Image.fromarray(dimmed), [segment], scale, 0.022)
+
+
+def strip_image(tiles: list[Image.Image], labels: list[str]) -> Image.Image:
+    """Tiles of one size in a row, a short label in the corner of each."""
+    gap, font = 4, _font(13)
+    width, height = tiles[0].size
+    strip = Image.new("RGB", (len(tiles) * (width + gap) - gap, height), INK)
+    draw = ImageDraw.Draw(strip)
+    for n, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
+        x = n * (width + gap)
+        strip.paste(tile, (x, 0))
+        strip.paste(INK, (x + 4, 4), _rounded((int(font.getlength(label)) + 12, 20), 10))
+        draw.text((x + 10, 6), label, font=font, fill=PAPER)
+    return strip
+
+
+def sheet_image(rows: list[tuple[str, list[Image.Image]]], columns: list[str], tile: int = 116) -> Image.Image:
+    """A sheet of small tiles under the names of their columns; above each row its words, cut where they are too long.
+
+    Tiles keep their shape, the longest side is `tile`; a palette of 256 colours keeps the file small.
+    """
+    gap, words, margin, head = 6, 22, 14, 44
+    font, bold = _font(12), _font(12, bold=True)
+    heights = [max(picture.height * tile // max(picture.size) for picture in pictures) for _, pictures in rows]
+    width = 2 * margin + len(columns) * (tile + gap) - gap
+    sheet = Image.new("RGB", (width, head + sum(heights) + len(rows) * (words + gap) + margin), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for n, name in enumerate(columns):
+        middle = margin + n * (tile + gap) + tile / 2
+        draw.multiline_text((middle, head - 8), name, font=bold, fill=INK, anchor="md", align="center", spacing=2)
+    y = head
+    for (text, pictures), height in zip(rows, heights, strict=True):
+        while font.getlength(text) > width - 2 * margin:
+            text = text[:-2].rstrip(" …") + "…"
+        draw.text((margin, y + 3), text, font=font, fill=SOFT)
+        for n, picture in enumerate(pictures):
+            small = picture.copy()
+            small.thumbnail((tile, tile), Image.Resampling.LANCZOS)
+            left = margin + n * (tile + gap) + (tile - small.width) // 2
+            sheet.paste(small, (left, y + words + (height - small.height) // 2))
+        y += words + height + gap
+    return _with_palette(sheet, (POSITIVE, NEGATIVE, PAPER, INK, SOFT))
+
+
+def _with_palette(picture: Image.Image, kept: tuple[Colour, ...]) -> Image.Image:
+    """With 256 colours, `kept` among them as they are: few pixels have them, and a palette by frequency would lose them."""
+    found = picture.quantize(256 - len(kept), method=Image.Quantize.MEDIANCUT, kmeans=2).getpalette()[: 3 * (256 - len(kept))]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*found, *(value for colour in kept for value in colour)])
+    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+def _scale_in_page(image: np.ndarray, side: int) -> float:
+    return min(side / max(image.shape[:2]), 4.0)
 
 
 # ------------------------------------------------------------------------------------------------ the panel
@@ -231,6 +306,14 @@ def _heat(similarity: np.ndarray, height: int, width: int) -> tuple[np.ndarray, 
     heat[top : top + side, left : left + side] = square
     seen[top : top + side, left : left + side] = True
     return heat, seen
+
+
+def _heated(image: np.ndarray, heat: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """(h, w, 3) uint8: heat (h, w) in [0, 1] over the grey, dimmed picture; what is not `seen` (h, w) stays dark."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None] * 0.7
+    strength = (0.12 + 0.72 * heat[..., None]) * seen[..., None]
+    mixed = grey * np.where(seen[..., None], 1.0, 0.4) * (1 - strength) + _colours(heat) * strength
+    return np.ascontiguousarray(mixed.clip(0, 255).astype(np.uint8))
 
 
 @functools.lru_cache
