@@ -8,7 +8,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from .config import LossConfig, READConfig, SamConfig, SaspConfig
 from .lora import add_lora, merge_lora, save_adapter, set_trainable
-from .predictor import Answer, READPredictor
+from .predictor import Answer, KeptAnswer, READPredictor
 from .presets import PRESETS, Preset, get_preset
 from .processing import READProcessor
 from .quantize import dequantize_language_model, quantize_language_model
@@ -19,6 +19,7 @@ __all__ = [
     "PRESETS",
     "Answer",
     "EncodedImages",
+    "KeptAnswer",
     "LossConfig",
     "Preset",
     "READConfig",

@@ -7,12 +7,20 @@
     predictor.ask(["a.jpg", "b.jpg"], ["the red cup", "Where does one sit?"])      a question each, batched
     predictor.ask("a.jpg", ["the red cup", "the blue one"])                        several about one picture, looked at once
 
-Legend: M [SEG] tokens in an answer · (H, W) pixels of the picture · K points · G side of the grid of image tokens.
+A conversation about a picture, word by word, whose masks can be drawn anew with other points:
+
+    images = predictor.encode([picture])
+    answer, kept = predictor.answer(images, [("the red cup", None)], tell=print)
+    answer = predictor.prompt_again(kept, SaspConfig(num_points=10))               SAM alone; nothing is reasoned again
+
+Legend: M [SEG] tokens in an answer · (H, W) pixels of the picture · K points · G side of the grid of image tokens · P = G x G
+image tokens · C = 256 SAM width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +32,7 @@ from PIL import Image
 from utils.conversation import Turns, with_image
 from utils.image import read_image
 
+from .config import SaspConfig
 from .processing import READProcessor
 from .read import EncodedImages, READForCausalLM, READGeneration, Segments
 
@@ -89,6 +98,20 @@ class Answer:
             "imageHeight": height,
             "imageWidth": width,
         }
+
+
+@dataclass(frozen=True)
+class KeptAnswer:
+    """What an answer leaves behind so that SAM can be prompted again: a few kilobytes, and the picture's encoding."""
+
+    images: EncodedImages
+    """Of the one picture that was asked about, with SAM's embedding of it."""
+    similarity: torch.Tensor
+    """(M, P) similarity of each [SEG] with the image tokens, dtype of the model."""
+    prompts: torch.Tensor
+    """(M, C) the projected state of each [SEG], dtype of the model."""
+    text: str
+    forced: bool
 
 
 class READPredictor:
@@ -185,12 +208,101 @@ class READPredictor:
         mask = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows], device=device)
         return self.model.generate_answers(images, ids, mask, torch.tensor(of_question, device=device), **options)
 
+    def answer(
+        self,
+        images: EncodedImages,
+        turns: Turns,
+        *,
+        sasp: SaspConfig | None = None,
+        tell: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> tuple[Answer, KeptAnswer]:
+        """The answer to the last question of a conversation about one picture, and what is kept of it for `prompt_again`.
+
+        One thread at a time: `sasp` is put into the model for the length of the call.
+
+        Args:
+            images: `encode` of that one picture.
+            turns: earlier questions with their answers, then the question with None.
+            sasp: how points are chosen; unless given, as the model's config has it.
+            tell: told the text so far whenever a token was written. What it raises ends the answer and comes out of here.
+            options: as for `READForCausalLM.generate_answers`.
+
+        Raises:
+            ValueError: more than one picture, or as `ask`.
+        """
+        if len(images) != 1:
+            raise ValueError(f"a conversation is about one picture, found {len(images)}")
+        streamer = _Teller(self.processor, tell) if tell else None
+        with self._points_by(sasp), self._projected_states() as prompts:
+            out = self.generate(images, [turns], [0], streamer=streamer, **options)
+        answer = self.answers(out, images.original_sizes)[0]
+        return answer, KeptAnswer(images, out.segments.similarity, prompts[0], answer.text, answer.forced)
+
+    @torch.no_grad()
+    def prompt_again(self, kept: KeptAnswer, sasp: SaspConfig | None = None) -> Answer:
+        """The answer with its masks as a run with other points would have drawn them; SAM's decoder alone runs.
+
+        One thread at a time, as `answer`.
+        """
+        images, row = kept.images, torch.zeros(len(kept.prompts), dtype=torch.long)
+        segments = Segments(row, row, kept.similarity, [], [], [], kept.prompts.new_zeros(0))
+        if len(row):
+            with self._points_by(sasp):
+                (logits, scores), found = self.model._decode_image(
+                    images.sam_embeddings[0],
+                    kept.similarity,
+                    kept.prompts[:, None],
+                    tuple(images.sam_sizes[0]),
+                    tuple(images.original_sizes[0]),
+                )
+            segments = Segments(row, row, kept.similarity, list(found.points), list(found.labels), list(logits), scores)
+        return _answer(segments, 0, kept.text, images.original_sizes[0], kept.forced)
+
+    @contextmanager
+    def _points_by(self, sasp: SaspConfig | None) -> Iterator[None]:
+        """The model chooses points by `sasp` for the length of a block."""
+        config = self.model.config
+        before = config.sasp
+        config.sasp = sasp or before
+        try:
+            yield
+        finally:
+            config.sasp = before
+
+    @contextmanager
+    def _projected_states(self) -> Iterator[list[torch.Tensor]]:
+        """Collects what the model prompts SAM with besides points: the projected [SEG] states (M, C) of every pass."""
+        states: list[torch.Tensor] = []
+        hook = self.model.text_hidden_fcs[0].register_forward_hook(lambda module, args, output: states.append(output))
+        try:
+            yield states
+        finally:
+            hook.remove()
+
     def answers(self, out: READGeneration, sizes: Sequence[tuple[int, int]]) -> list[Answer]:
         """The Answers of a generation; `sizes` are the (H, W) of each question's picture."""
         return [
             _answer(out.segments, n, self.processor.decode(ids), size, forced)
             for n, (ids, size, forced) in enumerate(zip(out.answer_ids, sizes, out.forced, strict=True))
         ]
+
+
+class _Teller:
+    """A streamer, in transformers' sense, of one answer: tells its text so far, as people read it, at every token."""
+
+    def __init__(self, processor: READProcessor, tell: Callable[[str], None]) -> None:
+        self.processor, self.tell = processor, tell
+        self.ids: list[int] = []
+
+    def put(self, ids: torch.Tensor) -> None:
+        """Takes (1,) new ids; of a prompt given as embeddings there are none."""
+        if ids.numel():
+            self.ids += ids.flatten().tolist()
+            self.tell(self.processor.decode(self.ids))
+
+    def end(self) -> None:
+        """The answer is whole; there is nothing to flush, since each token was told with all before it."""
 
 
 def to_array(picture: Picture) -> np.ndarray:

@@ -1,5 +1,6 @@
 """READ as a library: one picture or many, typed results, and the formats they are given on in."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from tiny_training import CKPT, needs_ckpt
 
 from dataset.mini import world
 from dataset.reason_seg import draw_mask
-from model import Answer, READPredictor
+from model import Answer, READPredictor, SaspConfig
 
 pytestmark = needs_ckpt
 QUESTIONS = ["the red bag", "Which of these can one drink from?", "sneaker on the left"]
@@ -91,3 +92,69 @@ def test_what_does_not_fit_is_said(predictor: READPredictor, pictures: list[np.n
         predictor.ask(pictures[0], "what is <image>?")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         predictor.ask("nowhere.jpg", "what?")
+
+
+# ------------------------------------------------------------------------------------------------ a conversation
+
+
+def test_the_text_is_told_while_it_is_written(predictor: READPredictor, pictures: list[np.ndarray]) -> None:
+    """Once a token, each time with all before it; the last is the answer's."""
+    told: list[str] = []
+    answer, _ = predictor.answer(predictor.encode(pictures[:1]), [(QUESTIONS[0], None)], tell=told.append, max_new_tokens=6)
+    assert 1 < len(told) <= 6 and told[-1] == answer.text
+    assert all(longer.startswith(text) for text, longer in zip(told, told[1:], strict=False))
+    same(answer, predictor.ask(pictures[0], QUESTIONS[0], max_new_tokens=6))
+
+
+def test_who_is_told_may_end_the_answer(predictor: READPredictor, pictures: list[np.ndarray]) -> None:
+    """What it raises comes out, and the model is as it was: no hook is left, and the points are chosen as before."""
+    told: list[str] = []
+
+    def stop(text: str) -> None:
+        told.append(text)
+        raise KeyError("enough")
+
+    before, images = predictor.model.config.sasp, predictor.encode(pictures[:1])
+    turns = [(QUESTIONS[0], None)]
+    with pytest.raises(KeyError, match="enough"):
+        predictor.answer(images, turns, sasp=SaspConfig(num_points=2), tell=stop, max_new_tokens=6)
+    assert len(told) == 1 and predictor.model.config.sasp is before
+    assert not predictor.model.text_hidden_fcs[0]._forward_hooks
+    same(predictor.answer(images, turns, max_new_tokens=6)[0], predictor.ask(pictures[0], QUESTIONS[0], max_new_tokens=6))
+
+
+OTHER_POINTS = [
+    SaspConfig(num_points=3, down_sample=1),
+    SaspConfig(num_points=7, t_pos=0.5, t_neg=0.4),
+    SaspConfig(num_points=7, geometry="exact"),
+    SaspConfig(enabled=False),
+]
+
+
+@pytest.mark.parametrize("sasp", OTHER_POINTS, ids=str)
+def test_prompting_again_is_a_fresh_run(predictor: READPredictor, pictures: list[np.ndarray], sasp: SaspConfig) -> None:
+    """Bit for bit what a run with those points draws, and no module but SAM's decoder is called for it."""
+    turns = [(QUESTIONS[1], "It is [SEG]."), (QUESTIONS[0], None)]
+    options = {"max_new_tokens": 4, "force_segment": True}
+    _, kept = predictor.answer(predictor.encode(pictures[1:2]), turns, **options)
+    called: list[str] = []
+    model = predictor.model
+    parts = {"language model": model.llava.model.language_model, "CLIP": model.llava.model.vision_tower,
+             "SAM's encoder": model.sam.image_encoder, "SAM's decoder": model.sam.mask_decoder}  # fmt: skip
+    hooks = [part.register_forward_hook(lambda *_, name=name: called.append(name)) for name, part in parts.items()]
+    again = predictor.prompt_again(kept, sasp)
+    for hook in hooks:
+        hook.remove()
+    assert called == ["SAM's decoder"]
+    fresh, _ = predictor.answer(predictor.encode(pictures[1:2]), turns, sasp=sasp, **options)
+    for field in dataclasses.fields(Answer):
+        assert np.array_equal(getattr(again, field.name), getattr(fresh, field.name)), field.name
+    assert again.points.shape[1] == (sasp.num_points if sasp.enabled else 0)
+
+
+def test_nothing_to_prompt_again_is_no_mask(predictor: READPredictor, pictures: list[np.ndarray]) -> None:
+    answer, kept = predictor.answer(predictor.encode(pictures[:1]), [(QUESTIONS[0], None)], max_new_tokens=1)
+    same(predictor.prompt_again(kept, OTHER_POINTS[0]), answer)
+    assert len(answer.masks) == 0
+    with pytest.raises(ValueError, match="one picture, found 2"):
+        predictor.answer(predictor.encode([pictures[0]] * 2), [(QUESTIONS[0], None)])
