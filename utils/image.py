@@ -58,17 +58,25 @@ def read_image(path: str | Path) -> np.ndarray:
         raise ValueError(f"image {path} is a folder")
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist")
-    data = path.read_bytes()
+    return decode_image(path.read_bytes(), f"image {path}")
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """What `read_image` gives, of the bytes of an image file; `name` stands in messages.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
     if not data:
-        raise ValueError(f"image {path} is an empty file: copy or download it again")
+        raise ValueError(f"{name} is an empty file: copy or download it again")
     if _cut_short(data):
-        raise ValueError(f"image {path} is cut short, its end is missing: copy or download it again")
+        raise ValueError(f"{name} is cut short, its end is missing: copy or download it again")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:  # more than 2^30 pixels, for one
-        raise ValueError(f"image {path} cannot be read: {error.err or error}") from error
+        raise ValueError(f"{name} cannot be read: {error.err or error}") from error
     if image is None:
-        raise ValueError(f"image {path} cannot be read: not an image, damaged, or of a kind to convert to JPEG or PNG first")
+        raise ValueError(f"{name} cannot be read: not an image, damaged, or of a kind to convert to JPEG or PNG first")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
