@@ -10,6 +10,7 @@
     points_image(image, segment)         the points alone
     strip_image(tiles, labels)           tiles in a row
     sheet_image(rows, columns)           tiles in rows and columns, each row under its own words
+    layers_image(image, segments, which) picture, map, masks, points one above the other, each to be left out
 
 In go a picture (H, W, 3) uint8 RGB and `Segment`s, out come PIL images; nothing is written here.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,6 +136,28 @@ def points_image(image: np.ndarray, segment: Segment, side: int = LONG_SIDE_IN_P
     scale = _scale_in_page(image, side)
     dimmed = (np.asarray(_resized(image, scale)) * 0.72 + 255 * 0.06).astype(np.uint8)
     return _with_points(Image.fromarray(dimmed), [segment], scale, 0.022)
+
+
+def layers_image(
+    image: np.ndarray, segments: list[Segment], layers: Collection[str], first_tint: int = 0, side: int = 2 * LONG_SIDE_IN_PAGE
+) -> Image.Image:
+    """The picture with those of its `layers` that are named: `similarity`, on it `mask`, on it `points`.
+
+    Over a map masks are mere outlines, so that it is seen; of several segments it shows the greatest value. The longest side
+    becomes `side`; small pictures are enlarged four times at most. Masks take the tints from `first_tint` on.
+    """
+    scale = _scale_in_page(image, side)
+    maps = [segment.similarity for segment in segments if segment.similarity is not None] if "similarity" in layers else []
+    if maps:
+        picture = _resized(image, scale)
+        heats = [_heat(one, picture.height, picture.width) for one in maps]
+        canvas = _heated(np.asarray(picture), np.max([heat for heat, _ in heats], axis=0), heats[0][1])
+        for k, segment in enumerate(segments if "mask" in layers else []):
+            _outline(canvas, _enlarged(segment.mask, picture.size, scale), _tint(first_tint + k))
+        picture = Image.fromarray(canvas)
+    else:
+        picture = _with_masks(image, segments if "mask" in layers else [], scale, first_tint)
+    return _with_points(picture, segments, scale) if "points" in layers else picture
 
 
 def strip_image(tiles: list[Image.Image], labels: list[str]) -> Image.Image:

@@ -51,13 +51,14 @@ def page(studies: Sequence[Study], parts: Sequence[str], figures: Sequence[Figur
     rows = _together(studies)
     scores = scores_of(studies)
     shown = [number for number, found in enumerate(rows) if any(row.pictures for row in found.values())]
+    generated = record["protocol"] == "generate"
     sections = [
         _section("What all expressions say", *(_summary(studies, part) for part in parts)),
         _section("Curves", f'<div class="figures">{"".join(map(_figure, figures))}</div>') if figures else "",
         _sweep(studies, parts),
         _section("Expressions", _lead(len(shown), len(rows)), _tools(scores), _table(studies, rows, scores, shown)),
         _legend(studies),
-        f'<div id="cards">{"".join(_card(n, rows[n], studies, scores) for n in shown)}</div>',
+        f'<div id="cards">{"".join(_card(n, rows[n], studies, generated) for n in shown)}</div>',
         '<p id="none" hidden>No expression fits the filter.</p>',
         _section("How this was made", _record(record)),
     ]
@@ -78,7 +79,7 @@ def page(studies: Sequence[Study], parts: Sequence[str], figures: Sequence[Figur
 <body>
 <header>
 <h1>Where <span class="seg">SEG</span> looks, and what its points are worth</h1>
-<p class="soft">{_e(names)} · {_e(", ".join(parts))} · answers {"generated" if record["protocol"] == "generate" else "forced"}</p>
+<p class="soft">{_e(names)} · {_e(", ".join(parts))} · answers {"generated" if generated else "forced"}</p>
 </header>
 <main>
 {NEW_LINE.join(section for section in sections if section)}
@@ -332,12 +333,12 @@ def _legend(studies: Sequence[Study]) -> str:
     return f'<p class="legend">{"".join(keys)}</p>'
 
 
-def _card(n: int, found: dict[int, Row], studies: Sequence[Study], scores: Sequence[Score]) -> str:
-    """One expression: a row of pictures a model."""
+def _card(n: int, found: dict[int, Row], studies: Sequence[Study], generated: bool) -> str:
+    """One expression: a row of pictures a model, and its answer where that is its own."""
     row = next(iter(found.values()))
     values = _values(found, studies)
     there = "" if row.exists else ' · <span class="wrong">not in the picture</span>'
-    models = "".join(_model(studies[m], one, len(studies) > 1) for m, one in found.items())
+    models = "".join(_model(studies[m], one, len(studies) > 1, generated) for m, one in found.items())
     percent_of = f"{100 * row.share:.1f} % of the picture"
     return (
         f'<article class="card" id="e{n + 1}" tabindex="-1" data-n="{n}" {_data(found, values)} aria-labelledby="h{n + 1}">'
@@ -346,11 +347,11 @@ def _card(n: int, found: dict[int, Row], studies: Sequence[Study], scores: Seque
     )
 
 
-def _model(study: Study, row: Row, named: bool) -> str:
+def _model(study: Study, row: Row, named: bool, generated: bool) -> str:
     """The pictures of one model."""
     name = f"<h4>{_e(study.name)}</h4>" if named else ""
     answer = _e(row.answer).replace("[SEG]", '<span class="seg">SEG</span>')
-    said = f'<p class="answer soft"><q>{answer}</q></p>' if row.answer else ""
+    said = f'<p class="answer soft"><q>{answer}</q></p>' if generated else ""
     gone = '<p class="wrong">No [SEG] in the answer: nothing to look at, all masks are empty.</p>' if not row.num_seg else ""
     tiles, strip = [], ""
     for picture in row.pictures:
@@ -360,7 +361,7 @@ def _model(study: Study, row: Row, named: bool) -> str:
             f'decoding="async" alt="{_e(picture.words)}"></a>'
         )
         if picture.name == "layers":
-            strip = f'<figure class="strip"><figcaption>after layer</figcaption><div>{image}</div></figure>'
+            strip = f'<figure class="strip"><figcaption>layers of the language model</figcaption><div>{image}</div></figure>'
         else:
             tiles.append(f'<figure>{image}<figcaption>{_caption(picture.name, row)}</figcaption></figure>')
     return f'<div class="model">{name}{said}{gone}<div class="tiles">{"".join(tiles)}</div>{strip}</div>'
@@ -377,7 +378,7 @@ def _caption(name: str, row: Row) -> str:
         value = row.s_iou(name)
         return f"{_e(MAPS[name])} <small>S_IoU</small> <strong>{percent(value)}</strong>"
     own = ' <span class="own" title="the model\'s own mask">●</span>' if name == row.own else ""
-    return f"{_e(PROMPTS[name])}{own} <small>IoU</small> <strong>{percent(row.masks[name].iou)}</strong>"
+    return f"mask from {_e(PROMPTS[name])}{own} <small>IoU</small> <strong>{percent(row.masks[name].iou)}</strong>"
 
 
 # ------------------------------------------------------------------------------------------------ how it was made

@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +33,9 @@ from .probe import LAYER_SEG, Seen, look, watch
 from .prompts import Setting, Untouched, View, choose, draw, settings_of
 
 if TYPE_CHECKING:
-    from dataset.types import Batch, Sample
+    from dataset.types import Sample
     from model import EncodedImages, READForCausalLM, READProcessor
+    from model.sasp import PointPrompts
 
 MAPS = {"clip": "before the LM", "llava": "after the LM", "sam": "in SAM's decoder"}
 PAIRS = (("clip", "llava"), ("clip", "sam"), ("llava", "sam"))
@@ -44,8 +45,8 @@ TINTS = {
 }  # fmt: skip
 SWEPT = ("points", "both")
 """Prompts in which a sweep changes something."""
-SIDE, SIDE_OF_STRIP = 320, 128
-"""Longest side of the pictures of an expression, and of those in the strip of layers, pixels."""
+SIDE, SIDE_OF_STRIP, SIDE_OF_SHEET = 320, 128, 232
+"""Longest side of the pictures of an expression, of those in the strip of layers, and of those that the sheet shrinks, pixels."""
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +108,9 @@ class Row:
     """Prompt -> counted pixels."""
     own: str
     """The prompt that the model itself uses."""
-    confidence: float | None
+    confidence: float | None = None
     """SAM's own estimate of the IoU of the model's mask."""
-    points: tuple[int, int, int]
+    points: tuple[int, int, int] = (0, 0, 0)
     """Object, background and neutral points."""
     levels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """Map -> (L, 2) of `maps.overlaps`; empty without a [SEG] or where the object has no pixels. Likewise the next three."""
@@ -210,6 +211,31 @@ def run(
     return study
 
 
+class _Shown(NamedTuple):
+    """A picture that is being asked about."""
+
+    part: str
+    index: int
+    number: int
+    """Counted over all data sets."""
+    sample: Sample
+    images: EncodedImages
+    bare: View | None
+    """As the untouched SAM has it."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.sample.image.shape[:2]
+
+
+class _Tried(NamedTuple):
+    """One setting of a sweep on M [SEG] tokens."""
+
+    masks: dict[str, torch.Tensor]
+    """Prompt -> (M, H, W) bool."""
+    points: list[tuple[int, int, int]]
+
+
 class _Looker:
     """A picture at a time -> rows of a study."""
 
@@ -228,34 +254,33 @@ class _Looker:
         self.max_positions = model.config.llava.text_config.max_position_embeddings - room
 
     @torch.no_grad()
-    def picture(self, part: str, index: int, image_number: int, sample: Sample) -> None:
-        """All expressions of a picture; `image_number` counts over the data sets."""
+    def picture(self, part: str, index: int, number: int, sample: Sample) -> None:
+        """All expressions of a picture; `number` counts it over all data sets."""
         generate = self.options.protocol == "generate"
         batch = collate(
             [sample], self.processor, training=False, padding="left" if generate else "right",
             conv_type=self.options.conv_type, max_positions=self.max_positions,
         )  # fmt: skip
         inputs = batch.to(self.model.device, self.model.dtype).model_inputs()
-        ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
-        inputs.pop("image_of_question")
-        bare = self.untouched.view(sample.image) if self.untouched else None
+        asked = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "image_of_question")}
         rows: list[Row] = []
         with watch(self.model, self.study.layers) as tape:
             images = self.model.encode_images(**inputs)
-            for first in range(0, len(ids), self.options.chunk):
-                part_ids, part_mask = (tensor[first : first + self.options.chunk] for tensor in (ids, mask))
-                answers = [turns[-1][1] or "" for turns in sample.conversations[first : first + len(part_ids)]]
+            bare = self.untouched.view(sample.image) if self.untouched else None
+            shown = _Shown(part, index, number, sample, images, bare)
+            for first in range(0, len(asked["input_ids"]), self.options.chunk):
+                ids, mask, nobody = (tensor[first : first + self.options.chunk] for tensor in asked.values())
+                answers = [turns[-1][1] or "" for turns in sample.conversations[first : first + len(ids)]]
                 if generate:
-                    part_ids, part_mask, answers = self._generated(images, part_ids, part_mask)
-                seen = look(self.model, tape, images, part_ids, part_mask, self.options.sam_token)
-                rows += self._rows(part, index, image_number, sample, batch, first, answers, images, seen, bare)
+                    ids, mask, answers = self._generated(images, ids, mask, nobody)
+                seen = look(self.model, tape, images, ids, mask, self.options.sam_token)
+                rows += self._rows(shown, first, answers, seen)
         self.study.rows += rows
 
     def _generated(
-        self, images: EncodedImages, ids: torch.Tensor, mask: torch.Tensor
+        self, images: EncodedImages, ids: torch.Tensor, mask: torch.Tensor, nobody: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """(ids (N, T), mask (N, T), N answers): the conversations with the model's own answers, padded on the right."""
-        nobody = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         out = self.model.generate_answers(images, ids, mask, nobody, max_new_tokens=self.options.max_new_tokens)
         whole = [
             torch.cat([row[keep], row.new_tensor(answer)])
@@ -263,103 +288,86 @@ class _Looker:
         ]
         return *pad_tails(whole, "right"), [self.processor.decode(answer) for answer in out.answer_ids]
 
-    def _rows(
-        self,
-        part: str,
-        index: int,
-        image_number: int,
-        sample: Sample,
-        batch: Batch,
-        first: int,
-        answers: list[str],
-        images: EncodedImages,
-        seen: Seen,
-        bare: View | None,
-    ) -> Iterator[Row]:
+    def _rows(self, shown: _Shown, first: int, answers: list[str], seen: Seen) -> Iterator[Row]:
         """Of the questions from `first` on, as many as there are answers."""
-        model, study = self.model, self.study
-        size = sample.image.shape[:2]
-        segments, texts = seen.segments, seen.texts[:, None]
-        own = "both" if model.config.sasp.enabled else "embedding"
-        view, points, logits, tried = None, None, {}, []
+        segments, own = seen.segments, "both" if self.model.config.sasp.enabled else "embedding"
+        points, logits, tried = None, {}, []
         if len(segments):
-            view = View(images.sam_embeddings[0], tuple(images.sam_sizes[0]), size)
-            points = choose(model, seen.llava, size, model.config.sasp)
-            logits = self._draw(view, texts, points)
+            view = View(shown.images.sam_embeddings[0], tuple(shown.images.sam_sizes[0]), shown.size)
+            points = choose(self.model, seen.llava, shown.size, self.model.config.sasp)
+            logits = self._draw(view, seen.texts[:, None], points)
             logits[own] = segments.mask_logits  # the model's own, not one like it
-            if bare is not None:
-                logits["untouched"] = self.untouched.draw(bare, points)
-            tried = self._try(seen, view, texts)
+            if shown.bare is not None:
+                logits["untouched"] = self.untouched.draw(shown.bare, points)
+            tried = self._try(view, seen)
         for n, answer in enumerate(answers, start=first):
-            target = np.asarray(sample.masks[n])
+            target = np.asarray(shown.sample.masks[n])
             entries = segments.of_question(n - first)
             entry = entries[0] if entries else None  # the first [SEG] counts, as in the scores
             masks = {
-                prompt: np.zeros(size, bool) if entry is None else (logits[prompt][entry] > 0).cpu().numpy()
-                for prompt in study.prompts
+                prompt: np.zeros(shown.size, bool) if entry is None else (logits[prompt][entry] > 0).cpu().numpy()
+                for prompt in self.study.prompts
             }
-            truth = torch.from_numpy(target)
-            counted = {
-                prompt: count(
-                    torch.from_numpy(mask), truth, image_number, bool(sample.exists[n]),
-                    entry is not None and bool(mask.any()),
-                )
-                for prompt, mask in masks.items()
-            }  # fmt: skip
-            row = Row(
-                part=part, image_index=index, question_index=n, image=sample.image_path, question=sample.questions[n],
-                answer=answer, exists=bool(sample.exists[n]), num_seg=len(entries), share=counted[own].target / target.size,
-                masks=counted, own=own, confidence=None if entry is None else float(segments.scores[entry]),
-                points=(0, 0, 0) if entry is None else _kinds(points.labels[entry]),
-            )  # fmt: skip
-            if study.sweep:
-                _sweep(row, tried, len(study.sweep), entry, truth.to(model.device))
-            laid = {} if entry is None else self._laid(seen, entry, size, images)
-            strip = {} if entry is None else self._layers(row, seen, entry, size, target)
-            _measure(row, laid, target)
-            segment = visualize.Segment(
-                mask=masks[own], similarity=None,
-                points=np.zeros((0, 2), np.float32) if entry is None else points.points[entry].float().cpu().numpy(),
-                labels=np.zeros(0, np.int64) if entry is None else points.labels[entry].cpu().numpy(),
-            )  # fmt: skip
-            self._pictures(row, sample, target, masks, laid, strip, segment)
+            row = self._row(shown, n, answer, len(entries), masks, own)
+            segment = visualize.Segment(masks[own], None, np.zeros((0, 2), np.float32), np.zeros(0, np.int64))
+            laid: dict[str, PictureMap] = {}
+            strip: dict[int, PictureMap] = {}
+            if entry is not None:
+                row.confidence, row.points = float(segments.scores[entry]), _kinds(points.labels[entry])
+                place = points.points[entry].float().cpu().numpy()
+                segment = dataclasses.replace(segment, points=place, labels=points.labels[entry].cpu().numpy())
+                laid = self._laid(seen, entry, shown)
+                strip = self._layers(row, seen, entry, shown.size, target)
+                _measure(row, laid, target)
+            if self.study.sweep:
+                _sweep(row, tried, len(self.study.sweep), entry, torch.from_numpy(target).to(self.model.device))
+            self._pictures(row, shown.sample.image, target, masks, laid, strip, segment)
             yield row
 
-    def _draw(self, view: View, texts: torch.Tensor, points: Any) -> dict[str, Any]:
+    def _row(self, shown: _Shown, n: int, answer: str, num_seg: int, masks: dict[str, np.ndarray], own: str) -> Row:
+        """What is known of question n without its maps and points."""
+        sample = shown.sample
+        target, exists = torch.from_numpy(np.asarray(sample.masks[n])), bool(sample.exists[n])
+        counted = {
+            prompt: count(torch.from_numpy(mask), target, shown.number, exists, num_seg > 0 and bool(mask.any()))
+            for prompt, mask in masks.items()
+        }
+        return Row(
+            part=shown.part, image_index=shown.index, question_index=n, image=sample.image_path,
+            question=sample.questions[n], answer=answer, exists=exists, num_seg=num_seg,
+            share=counted[own].target / target.numel(), masks=counted, own=own,
+        )  # fmt: skip
+
+    def _draw(self, view: View, texts: torch.Tensor, points: PointPrompts) -> dict[str, Any]:
+        """Prompt -> (M, H, W) logits, of the checkpoint's decoder; texts (M, 1, C)."""
         return {
             "points": draw(self.model, view, texts[:, :0], points),
             "embedding": draw(self.model, view, texts, None),
             "both": draw(self.model, view, texts, points),
         }
 
-    def _try(
-        self, seen: Seen, view: View, texts: torch.Tensor
-    ) -> list[tuple[dict[str, torch.Tensor], list[tuple[int, int, int]]]]:
-        """(prompt -> (M, H, W) bool, M counts of points) under each setting of the sweep; equal points are drawn once."""
-        tried, known = [], []
+    def _try(self, view: View, seen: Seen) -> list[_Tried]:
+        """One a setting of the sweep; points that were had before are not drawn again."""
+        tried: list[_Tried] = []
+        known: list[tuple[PointPrompts, _Tried]] = []
         for setting in self.study.sweep:
             points = choose(self.model, seen.llava, view.original_size, setting.sasp)
-            for earlier, found in known:
-                if torch.equal(earlier.points, points.points) and torch.equal(earlier.labels, points.labels):
-                    break
-            else:
-                drawn = {
-                    "points": draw(self.model, view, texts[:, :0], points),
-                    "both": draw(self.model, view, texts, points),
-                }
-                found = {prompt: logits > 0 for prompt, logits in drawn.items()}, [_kinds(kinds) for kinds in points.labels]
+            found = next((drawn for earlier, drawn in known if _same(earlier, points)), None)
+            if found is None:
+                texts = {"points": seen.texts[:, None][:, :0], "both": seen.texts[:, None]}
+                masks = {prompt: draw(self.model, view, texts[prompt], points) > 0 for prompt in SWEPT}
+                found = _Tried(masks, [_kinds(labels) for labels in points.labels])
                 known.append((points, found))
             tried.append(found)
         return tried
 
-    def _laid(self, seen: Seen, entry: int, size: tuple[int, int], images: EncodedImages) -> dict[str, PictureMap]:
+    def _laid(self, seen: Seen, entry: int, shown: _Shown) -> dict[str, PictureMap]:
         """The three maps over the picture."""
-        clip_size = self.model.config.clip_image_size
-        sam_size = tuple(images.sam_sizes[0])
+        config, sam_size = self.model.config, tuple(shown.images.sam_sizes[0])
         return {
-            "clip": picture_maps.token_map(_grid(seen.clip[entry]), size, clip_size),
-            "llava": picture_maps.token_map(_grid(seen.llava[entry]), size, clip_size),
-            "sam": picture_maps.decoder_map(seen.sam[entry], self.model.config.sam.image_size, sam_size, size),
+            "clip": picture_maps.token_map(_grid(seen.clip[entry]), shown.size, config.clip_image_size),
+            "llava": picture_maps.token_map(_grid(seen.llava[entry]), shown.size, config.clip_image_size),
+            "sam": picture_maps.decoder_map(seen.sam[entry], config.sam.image_size, sam_size, shown.size),
         }
 
     def _layers(
@@ -384,7 +392,7 @@ class _Looker:
     def _pictures(
         self,
         row: Row,
-        sample: Sample,
+        image: np.ndarray,
         target: np.ndarray,
         masks: dict[str, np.ndarray],
         laid: dict[str, PictureMap],
@@ -394,19 +402,20 @@ class _Looker:
         """Draws what the report and the sheet show of an expression."""
         done = len(self.study.rows) + row.question_index
         if self.options.out is not None and done < self.options.cards:
-            tiles = _tiles(row, sample.image, target, masks, laid, segment, SIDE)
+            tiles = _tiles(row, image, target, masks, laid, segment, SIDE)
             if strip:
                 small = [
-                    visualize.map_image(sample.image, m.heat, m.seen, picture_maps.HEADLINE, SIDE_OF_STRIP)
+                    visualize.map_image(image, m.heat, m.seen, picture_maps.HEADLINE, SIDE_OF_STRIP)
                     for m in strip.values()
                 ]
                 words = f"Maps of the layers {', '.join(map(str, strip))} of the language model"
                 tiles.append(("layers", visualize.strip_image(small, [str(layer) for layer in strip]), words))
             row.pictures = [self._save(row, *tile) for tile in tiles]
         if len(self.study.sheet) < self.options.figure and row.question_index == 0 and laid:
-            tiles = _tiles(row, sample.image, target, masks, laid, segment, 2 * SIDE_OF_STRIP)
-            percent = f"{100 * row.masks[row.own].iou:.0f}"
-            words = f"{row.question}   IoU {percent}, S_IoU " + ", ".join(f"{100 * row.s_iou(name):.0f}" for name in MAPS)
+            tiles = _tiles(row, image, target, masks, laid, segment, SIDE_OF_SHEET)
+            before, after, inside = (f"{100 * row.s_iou(name):.0f}" for name in MAPS)
+            numbers = f"IoU {100 * row.masks[row.own].iou:.0f} · S_IoU {before} before the LM, {after} after, {inside} in SAM"
+            words = f"{row.question}   {numbers}"
             self.study.sheet.append((words, [tile for _, tile, _ in tiles]))
 
     def _save(self, row: Row, name: str, picture: Image.Image, words: str) -> Picture:
@@ -426,32 +435,29 @@ def _grid(values_P: torch.Tensor) -> torch.Tensor:
     return values_P.unflatten(0, (side, side))
 
 
+def _same(a: PointPrompts, b: PointPrompts) -> bool:
+    return torch.equal(a.points, b.points) and torch.equal(a.labels, b.labels)
+
+
 def _kinds(labels_K: torch.Tensor) -> tuple[int, int, int]:
     return tuple(int((labels_K == kind).sum()) for kind in (1, 0, -1))
 
 
-def _sweep(
-    row: Row,
-    tried: list[tuple[dict[str, torch.Tensor], list[tuple[int, int, int]]]],
-    settings: int,
-    entry: int | None,
-    truth: torch.Tensor,
-) -> None:
+def _sweep(row: Row, tried: list[_Tried], settings: int, entry: int | None, target: torch.Tensor) -> None:
     """Counts the masks of a sweep; without a [SEG] all are empty."""
     if entry is None:
-        empty = overlap(torch.zeros_like(truth, dtype=torch.bool), truth)
+        empty = overlap(torch.zeros_like(target, dtype=torch.bool), target)
         row.sweep = {prompt: [empty] * settings for prompt in SWEPT}
         row.sweep_points = [(0, 0, 0)] * settings
-        return
-    row.sweep = {prompt: [overlap(drawn[prompt][entry], truth) for drawn, _ in tried] for prompt in SWEPT}
-    row.sweep_points = [kinds[entry] for _, kinds in tried]
+    else:
+        row.sweep = {prompt: [overlap(one.masks[prompt][entry], target) for one in tried] for prompt in SWEPT}
+        row.sweep_points = [one.points[entry] for one in tried]
 
 
 def _measure(row: Row, laid: dict[str, PictureMap], target: np.ndarray) -> None:
     """S_IoU, peaks and agreement of the maps."""
-    if laid:
-        row.agreement = {(a, b): picture_maps.agreement(laid[a], laid[b], target) for a, b in PAIRS}
-    if laid and (target == 1).any():
+    row.agreement = {(a, b): picture_maps.agreement(laid[a], laid[b], target) for a, b in PAIRS}
+    if (target == 1).any():
         row.levels = {name: picture_maps.overlaps(found.heat, target) for name, found in laid.items()}
         row.peaks = {name: picture_maps.peak_on_object(found, target) for name, found in laid.items()}
 

@@ -287,9 +287,11 @@ def sweep_lines(study: Study, part: str) -> list[str]:
         tried = [entry for entry in table if entry["axis"] == axis and entry["prompt"] == "both"]
         best = max(tried, key=lambda entry: entry["ciou"])
         least = min(tried, key=lambda entry: entry["ciou"])
+        gain = "none beats the own value"
+        if best["ciou_difference"] > 0:
+            gain = f"best - own {100 * best['ciou_difference']:+.1f}{_interval(best, 'ciou', 'ciou_interval')}"
         lines.append(
-            f"  {axis:<14}cIoU {percent(least['ciou'])} ({least['value']}) to {percent(best['ciou'])} ({best['value']}); "
-            f"best - own {100 * best['ciou_difference']:+.1f}{_interval(best, 'ciou', 'ciou_interval')}"
+            f"  {axis:<14}cIoU {percent(least['ciou'])} ({least['value']}) to {percent(best['ciou'])} ({best['value']}); {gain}"
         )
     return ["sweep, [SEG] and points", *lines] if lines else []
 
