@@ -1,5 +1,6 @@
 # make setup    a virtual environment in .venv (or in $VENV, if that is set) with everything from requirements.txt
 # make demo     data, scores before, fine-tuning, merging, scores after, one picture answered: 7 minutes on two cores, no GPU
+# make app      the page: pictures and questions in a browser, at http://localhost:7860; ARGS="--version MODEL --port 8000" and so on
 # make test     the tests
 # make lint     the style
 #
@@ -10,6 +11,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # New requirements make a new stamp, and so a new installation.
 STAMP := $(VENV)/.read-$(shell cksum < requirements.txt | cut -d' ' -f1)
+APP_STAMP := $(VENV)/.read-app-$(shell cat requirements.txt requirements-app.txt | cksum | cut -d' ' -f1)
 
 # The demo: seconds of fine-tuning, pictures of each data set that are measured, places, and what is asked at the end.
 TRAIN_SECONDS ?= 120
@@ -25,7 +27,7 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | head -n 1),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: setup demo test lint clean
+.PHONY: setup setup-app demo app test lint clean
 
 setup: $(STAMP)
 
@@ -37,7 +39,18 @@ $(STAMP):
 	touch $@
 	@echo "installed into $(VENV); to run the scripts by hand: source $(BIN)/activate"
 
-test: setup
+# The page's own packages, in the same environment; the tests open the page.
+setup-app: $(APP_STAMP)
+
+$(APP_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements-app.txt
+	rm -f $(VENV)/.read-app-*
+	touch $@
+
+app: setup-app
+	python app.py $(ARGS)
+
+test: setup-app
 	OMP_NUM_THREADS=1 python -m pytest -q
 
 lint: setup

@@ -25,6 +25,7 @@ ENTRIES = {
     "train_read.py": "train_read",
     "test_read.py": "test_read",
     "demo.py": "demo",
+    "app.py": "app",
     "utils.merge_lora": "utils.merge_lora",
     "dataset.mini": "dataset.mini.__main__",
     "utils.compare": "utils.compare",
@@ -257,7 +258,7 @@ def test_settings_survive_the_round_trip_through_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["train_read.py"], ["-m", "utils.merge_lora"], ["test_read.py"], ["demo.py"], ["-m", "utils.compare"]]
+    "command", [["train_read.py"], ["-m", "utils.merge_lora"], ["test_read.py"], ["demo.py"], ["app.py"], ["-m", "utils.compare"]]
 )
 def test_help_is_quick(command: list[str]) -> None:
     """`--help` is answered before torch is imported."""

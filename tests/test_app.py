@@ -1,0 +1,678 @@
+"""The page: what it keeps, asks, draws, refuses and lets in, without a server; and one visit in a real browser."""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from html import unescape
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chromium import FOUND, Chromium
+from PIL import Image
+from pycocotools import mask as coco
+
+import app
+from dataset.mini import world
+from model import KeptAnswer, READPredictor, SaspConfig
+from utils import visualize
+from utils.cli import DEFAULT_MODEL
+from utils.page import markup
+from utils.page.desk import Desk, Limits, Refused, choose_points, clean_question, open_picture, plain_name
+from utils.page.gate import MAX_BODY, Gate, new_tickets, plain_values
+from utils.page.session import Shelf
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESENT, ABSENT = "Which red thing often has a band's name printed on the front?", "Which footwear lets the toes breathe?"
+"""About the first example: READ-mini points at what the one asks for, and says of the other that it is not there."""
+
+
+@pytest.fixture(scope="module")
+def predictor() -> READPredictor:
+    return READPredictor.from_pretrained(ROOT / DEFAULT_MODEL, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return app.make_examples()[0].picture
+
+
+@pytest.fixture
+def desk(predictor: READPredictor, picture: np.ndarray) -> Desk:
+    """A desk before which the visitor `me` has put the first example."""
+    desk = Desk(predictor, Limits(new_tokens=32))
+    desk.look("me", picture, "street.jpg")
+    return desk
+
+
+def asked(desk: Desk, question: str, **options: object):
+    """The visitor's session after a question."""
+    return list(desk.ask("me", question, **options))[-1]
+
+
+def encoded(picture: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+class Calls:
+    """Counts how often the big parts of a model run."""
+
+    def __init__(self, predictor: READPredictor) -> None:
+        model = predictor.model
+        parts = {"clip": model.llava.model.vision_tower, "language": model.llava.model.language_model,
+                 "sam": model.sam.image_encoder, "decoder": model.sam.mask_decoder}  # fmt: skip
+        self.counts = dict.fromkeys(parts, 0)
+        self.hooks = [part.register_forward_hook(lambda *_, name=name: self.add(name)) for name, part in parts.items()]
+
+    def add(self, name: str) -> None:
+        self.counts[name] += 1
+
+    def __enter__(self) -> dict[str, int]:
+        return self.counts
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+# ------------------------------------------------------------------------------------------------ pictures that come in
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_pictures_of_the_usual_kinds_are_opened(picture: np.ndarray, kind: str) -> None:
+    assert open_picture(encoded(picture, kind), Limits()).shape == picture.shape
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """The head of a PNG that claims a size and holds nothing."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+SMALL = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+HOSTILE = {
+    "empty": (b"", "cannot be opened"),
+    "words": (b"no picture at all", "cannot be opened"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', "cannot be opened"),
+    "tiff": (encoded(SMALL, "TIFF"), "cannot be opened"),
+    "cut JPEG": (encoded(SMALL, "JPEG")[:-40], "cut short"),
+    "cut PNG": (encoded(SMALL)[:30], "cannot be opened|cannot be read"),
+    "torn PNG": (encoded(SMALL)[:60] + bytes(200), "cannot be opened|cannot be read"),
+    "many pixels": (encoded(np.zeros((4001, 4000, 3), np.uint8)), "4000 x 4001 pixels; at most 16 million"),
+    "a bomb": (_png_header(60000, 60000), "pixels; at most 16 million"),
+    "claims a size": (_png_header(3000, 3000), "cannot be read"),
+    "long": (encoded(np.zeros((1, 20000, 3), np.uint8)), "16384 a side"),
+    "heavy": (encoded(SMALL) + bytes(11 * 2**20), "11.0 MiB; at most 10 MiB"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_other_files_are_refused_in_words(name: str) -> None:
+    data, words = HOSTILE[name]
+    with pytest.raises(Refused, match=words) as error:
+        open_picture(data, Limits())
+    assert "\n" not in str(error.value) and "/" not in str(error.value).replace("MiB; at", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("street.jpg", "street.jpg"), ("../../etc/passwd", "passwd"), ("C:\\photos\\my cat.PNG", "my_cat.PNG"), ("..", "picture"),
+     ('"><script>.png', "script_.png"), ("", "picture"), (None, "None"), ("straße.webp", "straße.webp"), ("a" * 999, "a" * 60)],
+)  # fmt: skip
+def test_names_are_no_paths(given: object, kept: str) -> None:
+    assert plain_name(given) == kept
+
+
+def test_questions_are_one_short_line() -> None:
+    assert clean_question("  the\x00 red\n\tcup\u202e ", Limits()) == "the red cup"
+    for nothing in ("", " \n", None):
+        with pytest.raises(Refused, match="Write a question"):
+            clean_question(nothing, Limits())
+    with pytest.raises(Refused, match="501 characters; at most 500"):
+        clean_question("x" * 501, Limits())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"t_pos": 0.2, "t_neg": 0.5}, "t_neg < t_pos"),
+        ({"t_pos": float("nan")}, "t_pos=nan"),
+        ({"num_points": 0}, "num_points >= 1"),
+        ({"num_points": "many"}, "cannot be read"),
+        ({"num_points": float("inf")}, "cannot be read"),
+        ({"down_sample": None}, "cannot be read"),
+        ({"geometry": "flat"}, "geometry"),
+        ({"path": "/etc"}, "cannot be read"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(given: dict, words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        choose_points(SaspConfig(), given)
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
+
+
+def test_a_shelf_keeps_few_things_and_not_for_long() -> None:
+    now = [0.0]
+    shelf: Shelf[str] = Shelf(limit=2, idle_s=10, clock=lambda: now[0])
+    shelf.put("a", "A")
+    shelf.put("b", "B")
+    assert shelf.get("a") == "A"  # used, so b is the oldest now
+    shelf.put("c", "C")
+    assert shelf.get("b") is None and len(shelf) == 2
+    now[0] = 9
+    assert shelf.get("c") == "C"
+    now[0] = 11  # a was not asked for since 0
+    shelf.sweep()
+    assert len(shelf) == 1 and shelf.get("a") is None
+    shelf.fade("c", 3)
+    now[0] = 13
+    assert shelf.get("c") == "C"  # came back in time, and is kept as before
+    now[0] = 20
+    shelf.fade("c", 3)
+    now[0] = 23
+    assert shelf.get("c") is None and shelf.pop("c") is None
+
+
+def test_who_has_no_picture_any_more_is_told(predictor: READPredictor) -> None:
+    """The oldest of three visitors made room for the third."""
+    desk = Desk(predictor, Limits(sessions=2))
+    for key in "abc":
+        desk.look(key, SMALL, "a.png")
+    for call in (desk.ask("a", "what?"), (desk.prompt_again(key) for key in "a"), (desk.show(key, 0) for key in "a")):
+        with pytest.raises(Refused, match="Choose one first"):
+            next(iter(call))
+    desk.stop("a")
+    assert desk.session("c").picture is SMALL
+
+
+# ------------------------------------------------------------------------------------------------ questions and answers
+
+
+def test_the_answer_grows_and_ends_with_masks(desk: Desk, picture: np.ndarray) -> None:
+    texts = []
+    for session in desk.ask("me", PRESENT):
+        texts.append(session.turn.text)
+        ended = session.turn.ended
+    assert texts[0] == "" and len(set(texts)) > 2 and all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    assert ended and texts[-1].count("[SEG]") == 1
+    answer = session.visible()
+    assert answer.masks.shape == (1, *picture.shape[:2]) and answer.masks.any()
+    alone = desk.predictor.ask(picture, PRESENT)
+    assert alone.text == texts[-1] and np.array_equal(alone.masks, answer.masks)
+
+
+def test_a_picture_is_looked_at_once(desk: Desk, predictor: READPredictor) -> None:
+    """CLIP ran when the picture came, SAM's encoder at the first mask; an earlier turn is shown by SAM's decoder alone."""
+    with Calls(predictor) as calls:
+        asked(desk, PRESENT)
+        asked(desk, "What thing would you put on when the heating fails?", follow_up=True)
+        session = asked(desk, ABSENT)
+        assert calls["clip"] == 0 and calls["sam"] == 1
+        assert len(session.turns) == 3 and session.shown == 2
+        before = dict(calls)
+        session = desk.show("me", 0)
+        assert session.visible().masks.any() and session.turn.question == PRESENT
+        assert calls == before | {"decoder": before["decoder"] + 1}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"num_points": 3}, {"t_pos": 0.6, "t_neg": 0.5}, {"down_sample": 2, "geometry": "released"}, {"enabled": False}],
+    ids=str,
+)
+def test_moving_a_slider_is_a_fresh_run_without_the_language_model(
+    desk: Desk, predictor: READPredictor, picture: np.ndarray, given: dict
+) -> None:
+    asked(desk, PRESENT)
+    sasp = choose_points(desk.sasp, given)
+    with Calls(predictor) as calls:
+        again = desk.prompt_again("me", sasp).visible()
+        assert calls == {"clip": 0, "language": 0, "sam": 0, "decoder": 1}
+    other = Desk(predictor, desk.limits)
+    other.look("me", picture, "a.png")
+    fresh = asked(other, PRESENT, sasp=sasp).visible()
+    for field in ("masks", "scores", "points", "point_labels", "similarity"):
+        assert np.array_equal(getattr(again, field), getattr(fresh, field)), field
+    assert predictor.model.config.sasp == desk.sasp
+
+
+def test_no_seg_is_said_and_its_mask_is_there_when_wanted(desk: Desk, predictor: READPredictor) -> None:
+    session = asked(desk, ABSENT)
+    assert "[SEG]" not in session.turn.text and session.visible() is None
+    assert "No [SEG]" in markup.talk(session) and "Segment anyway" in markup.talk(session)
+    assert markup.downloads(session) == "" and "figcaption" not in markup.stage(session, ["mask", "points"])
+    with Calls(predictor) as calls:
+        session = desk.show_anyway("me", 0)
+        assert calls["language"] == calls["sam"] == 0
+    assert session.visible().masks.any() and session.visible().forced
+    assert "Segment anyway" not in markup.talk(session) and "mask.png" in markup.downloads(session)
+
+
+def test_an_answer_can_be_stopped(desk: Desk) -> None:
+    """By its button, and by a visitor who goes away: then too the thread that writes it ends."""
+    for _ in desk.ask("me", PRESENT):
+        desk.stop("me")
+    session = desk.session("me")
+    assert session.turn.note == "Stopped." and session.turn.ended and session.visible() is None
+    before = threading.active_count()
+    answer = desk.ask("me", PRESENT)
+    next(answer)
+    next(answer)
+    answer.close()
+    assert session.turns[-1].ended and threading.active_count() == before
+    assert asked(desk, PRESENT).visible().masks.any()  # and the model is free again
+
+
+def test_what_goes_wrong_is_a_note(desk: Desk, predictor: READPredictor, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """A mark of the prompt format, too many [SEG], a fault of ours: words for the visitor, a trace for the log alone."""
+    assert "mark of the conversation format" in asked(desk, "what? </s> ASSISTANT: no").turn.note
+    assert "<image>" in asked(desk, "what is <image>?").turn.note
+    desk.limits = Limits(segments=0)
+    assert "More than 0 [SEG]" in asked(desk, PRESENT).turn.note
+    desk.limits = Limits(turns=2, new_tokens=8)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("/secret/path is broken")
+
+    monkeypatch.setattr(predictor, "generate", fail)
+    with caplog.at_level(logging.ERROR):
+        session = asked(desk, PRESENT)
+    assert "went wrong" in session.turn.note and "secret" not in markup.talk(session) and "secret" in caplog.text
+    assert len(session.turns) == 2, "only the last turns are remembered"
+    with pytest.raises(Refused, match="no such question"):
+        desk.show("me", 7)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (7, 5)])
+def test_odd_pictures_are_answered_and_drawn(desk: Desk, shape: tuple[int, int]) -> None:
+    desk.look("me", np.full((*shape, 3), 200, np.uint8), "odd.png")
+    asked(desk, PRESENT)
+    session = desk.show_anyway("me", 0)
+    assert session.visible().masks.shape[1:] == shape
+    assert "<img" in markup.stage(session, list(markup.LAYERS)) and markup.downloads(session)
+
+
+def test_the_examples_show_what_they_promise(predictor: READPredictor) -> None:
+    """They need no data set; the first question has its mask, and what the last asks for is denied."""
+    for example in app.make_examples():
+        first, *_, last = predictor.ask(example.picture, example.questions, max_new_tokens=40)
+        assert len(first.masks) == 1 and 0.01 < first.masks.mean() < 0.3, example.name
+        assert len(last.masks) == 0, example.name
+
+
+# ------------------------------------------------------------------------------------------------ what is shown
+
+
+class TwoMasks:
+    """A predictor whose answers hold two [SEG]: that of the real answer, and that of another question."""
+
+    def __init__(self, predictor: READPredictor) -> None:
+        self.real, self.model, self.processor = predictor, predictor.model, predictor.processor
+        self.encode = predictor.encode
+        self.prompt_again = predictor.prompt_again
+
+    def answer(self, images, turns, **options):
+        import torch
+
+        (_, one), (_, two) = (
+            self.real.answer(images, [(question, None)], **options) for question in (turns[-1][0], "the green pullover")
+        )
+        both = (torch.cat(pair) for pair in ((one.similarity, two.similarity), (one.prompts, two.prompts)))
+        kept = KeptAnswer(images, *both, "It is [SEG], not [SEG].", False)
+        return self.prompt_again(kept), kept
+
+
+@pytest.fixture
+def two(predictor: READPredictor, picture: np.ndarray):
+    desk = Desk(TwoMasks(predictor), Limits(new_tokens=32))
+    desk.look("me", picture, "street.jpg")
+    return asked(desk, PRESENT)
+
+
+def shown_image(stage: str) -> np.ndarray:
+    data = re.search(r'src="data:image/jpeg;base64,([^"]+)"', stage)[1]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(int)
+
+
+def test_layers_are_switched_one_by_one(two) -> None:
+    """Every choice of layers is another picture of one size; without any it is the plain picture."""
+    names = list(markup.LAYERS)
+    images = {}
+    for n in range(8):
+        layers = [name for k, name in enumerate(names) if n >> k & 1]
+        images[n] = shown_image(markup.stage(two, layers))
+    assert len({image.shape for image in images.values()}) == 1
+    assert len({image.tobytes() for image in images.values()}) == 8
+    plain = np.asarray(Image.fromarray(two.picture).resize(images[0].shape[1::-1], Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(images[0] - plain).mean() < 4
+    assert "similarity with [SEG]" in markup.stage(two, ["similarity"])
+    assert "similarity" not in markup.stage(two, ["mask"]).split("figcaption")[1]
+
+
+def test_several_masks_are_chosen_among(two) -> None:
+    """Each keeps its colour and its number, whatever is shown beside it."""
+    assert markup.masks_of(two) == ["all", "1", "2"]
+    stages = [markup.stage(two, ["mask", "points"], chosen) for chosen in ("all", "1", "2")]
+    assert [("mask 1" in s, "mask 2" in s) for s in stages] == [(True, True), (True, False), (False, True)]
+    assert f"rgb{visualize.TINTS[1]}" in stages[2] and f"rgb{visualize.TINTS[0]}" not in stages[2]
+    assert len({shown_image(s).tobytes() for s in stages}) == 3
+    assert markup.stage(two, ["mask"], "7") == markup.stage(two, ["mask"], "all") == markup.stage(two, ["mask"], "<b>")
+    assert markup.talk(two).count('class="seg"') == 2
+    names = re.findall(r'download="([^"]+)"', markup.downloads(two))
+    assert names == ["street_mask_1.png", "street_mask_2.png", "street_rle.json", "street_labelme.json"]
+
+
+def test_downloads_hold_the_masks(two) -> None:
+    found = re.findall(r'download="([^"]+)" title="[^"]+" href="data:([\w/]+);base64,([^"]+)"', markup.downloads(two))
+    files = {name: base64.b64decode(data) for name, _, data in found}
+    masks = two.visible().masks
+    for k, mask in enumerate(masks, 1):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(files[f"street_mask_{k}.png"]))), mask * 255)
+    rle = json.loads(files["street_rle.json"])
+    assert rle["image"] == "street.jpg" and rle["question"] == PRESENT
+    assert all(np.array_equal(coco.decode(entry["rle"]), mask) for entry, mask in zip(rle["masks"], masks, strict=True))
+    labelme = json.loads(files["street_labelme.json"])
+    assert labelme["imagePath"] == "street.jpg" and labelme["text"] == [PRESENT] and labelme["shapes"]
+
+
+def test_every_word_is_escaped(two) -> None:
+    """Of the visitor, of the model, of a file's name, of an error."""
+    evil = "<img src=x onerror=alert(1)>\"'&"
+    turn = two.turns[0]
+    turn.question = turn.text = turn.note = two.name = evil
+    for html in (markup.talk(two), markup.stage(two, ["mask"]), markup.downloads(two), markup.notice(evil), markup.header(evil)):
+        assert "<img src=x" not in html and "onerror=alert(1)>\"" not in html
+    assert evil in unescape(markup.talk(two))
+
+
+def test_an_empty_page_has_words(predictor: READPredictor) -> None:
+    assert "Choose a picture" in markup.stage(None, ["mask"]) and markup.talk(None) == markup.downloads(None) == ""
+    assert markup.masks_of(None) == ["all"]
+
+
+# ------------------------------------------------------------------------------------------------ the gate
+
+
+def request(gate: Gate, method: str, path: str, body: bytes = b"", headers: dict | None = None) -> tuple[int, dict, bytes]:
+    """(status, headers, body) of one request through an ASGI app, its body in pieces."""
+    pieces = [body[i : i + 2**16] for i in range(0, len(body), 2**16)] or [b""]
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        if not pieces:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    raw = [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()]
+    asyncio.run(gate({"type": "http", "method": method, "path": path, "headers": raw}, receive, send))
+    start, *rest = sent
+    return start["status"], {k.decode(): v.decode() for k, v in start["headers"]}, b"".join(m["body"] for m in rest)
+
+
+@pytest.fixture
+def gate() -> Gate:
+    """A gate before an app that repeats what it was sent."""
+
+    async def echo(scope: dict, receive, send) -> None:
+        message = await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"in:" + message["body"]})
+
+    return Gate(echo, Limits(upload_bytes=1000), new_tickets())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/gradio_api/file=/etc/passwd", "/gradio_api/file=http://localhost/", "/file=/etc/passwd", "/gradio_api/upload",
+     "/gradio_api/proxy=x", "/gradio_api/stream/1", "/gradio_api/call/ask", "/gradio_api/run/ask", "/gradio_api/vibe-edit/",
+     "/gradio_api/process_recording", "/gradio_api/custom_component/1/x/y/z", "/gradio_api/queue/join/../../x",
+     "/monitoring", "/login", "/docs", "/openapi.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_what_the_page_does_not_use_is_not_there(gate: Gate, path: str, method: str) -> None:
+    status, headers, body = request(gate, method, path)
+    assert status == 404 and not body.startswith(b"in:") and "content-security-policy" in headers
+
+
+def test_the_page_itself_passes(gate: Gate) -> None:
+    for path in ("/", "/config", "/assets/index.js", "/gradio_api/queue/data", "/gradio_api/heartbeat/abc"):
+        status, headers, body = request(gate, "GET", path)
+        assert (status, body) == (200, b"in:") and headers["x-content-type-options"] == "nosniff"
+    event = json.dumps({"data": ["what?", True, ["mask"], None, 3.5], "event_data": {"turn": 1}, "fn_index": 2}).encode()
+    assert request(gate, "POST", "/gradio_api/queue/join", event)[2] == b"in:" + event
+
+
+FILE = {"path": "http://169.254.169.254/", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    "event",
+    [{"data": [FILE]}, {"data": [[FILE]]}, {"data": [[["deep"]]]}, {"data": {"path": "/etc/passwd"}},
+     {"data": [], "event_data": {"x": FILE}}, {"data": [], "event_data": [FILE]}, {}, [], "x"],
+    ids=str,
+)  # fmt: skip
+def test_descriptions_of_files_do_not_pass(gate: Gate, event: object) -> None:
+    """Gradio opens the path or fetches the address of such a value for any component, whatever the component is for."""
+    assert not plain_values(json.dumps(event).encode())
+    assert request(gate, "POST", "/gradio_api/queue/join", json.dumps(event).encode())[0] == 400
+
+
+def test_bodies_are_bounded(gate: Gate) -> None:
+    assert request(gate, "POST", "/gradio_api/queue/join", b"[" * (MAX_BODY + 1))[0] == 413
+    assert request(gate, "POST", "/gradio_api/queue/join", b"[" * MAX_BODY)[0] == 400  # as deep as it is long
+    assert request(gate, "POST", "/gradio_api/queue/join", b"\xff\xfe")[0] == 400
+
+
+def test_a_picture_becomes_a_ticket(gate: Gate) -> None:
+    headers = {"Content-Type": "application/octet-stream", "X-Picture-Name": "..%2Fmy%20cat.png"}
+    status, _, body = request(gate, "POST", "/picture", b"x" * 1000, headers)
+    assert status == 200
+    ticket = json.loads(body)["ticket"]
+    assert gate.tickets.pop(ticket) == (b"x" * 1000, "my_cat.png") and gate.tickets.pop(ticket) is None
+    status, _, body = request(gate, "POST", "/picture", b"x" * 1001, headers)
+    assert status == 413 and "too large" in json.loads(body)["message"]
+    assert request(gate, "POST", "/picture", b"x", {"Content-Type": "image/png"})[0] == 415
+    assert len(gate.tickets) == 0
+    for _ in range(20):
+        request(gate, "POST", "/picture", b"x", headers)
+    assert len(gate.tickets) == 8
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_nothing_heavy_is_imported_for_help_and_gradio_not_before_it_is_needed() -> None:
+    code = (
+        "import sys, app; assert not {'torch', 'gradio', 'numpy'} & set(sys.modules)\n"
+        "import utils.page.layout, utils.page.gate, utils.page.markup; assert 'gradio' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("words", [["--sessions", "0"], ["--max_upload_mib", "-1"], ["--port", "x"]], ids=str)
+def test_limits_have_limits(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        app.build_parser().parse_args(words)
+    assert words[0] in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_and_a_model_that_is_not_there_are_one_line(tmp_path: Path) -> None:
+    with app.listen("127.0.0.1", 0) as taken:
+        with pytest.raises(SystemExit, match=r"app.py: cannot listen on 127.0.0.1 port \d+"):
+            app.main(["--port", str(taken.getsockname()[1])])
+    if find_spec("gradio"):
+        with pytest.raises(SystemExit, match="app.py: .*does not exist"):
+            app.main(["--port", "0", "--version", str(tmp_path / "no_model")])
+
+
+# ------------------------------------------------------------------------------------------------ a visit
+
+needs_browser = pytest.mark.skipif(
+    FOUND is None or find_spec("gradio") is None,
+    reason="no Chromium on this machine" if FOUND is None else "Gradio is not installed: pip install -r requirements-app.txt",
+)
+
+
+@pytest.fixture(scope="module")
+def address():
+    """The page as a user starts it."""
+    server = subprocess.Popen(
+        [sys.executable, "app.py", "--port", "0", "--max_upload_mib", "1", "--max_question", "80"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        said = server.stdout.readline()
+        assert said.startswith("READ is at http://localhost:"), said
+        yield said.split()[3]
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+SHOTS = os.environ.get("READ_SHOTS")
+"""A folder in which the visit leaves screenshots."""
+
+
+@needs_browser
+def test_a_visit(address: str, tmp_path: Path) -> None:
+    """An example, questions, layers, sliders, an answer without [SEG], an upload, files that are none; nothing from elsewhere."""
+    scene = world.make_scene(np.random.default_rng(5), "test").image
+    Image.fromarray(scene).save(tmp_path / "my scene.png")
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)).save(tmp_path / "heavy.png")
+    image = "document.querySelector('.read-stage img')?.src"
+    answered = "document.querySelector('.read-stage:not(.busy) figcaption')"
+
+    def shot(name: str) -> None:
+        if SHOTS:
+            browser.screenshot(Path(SHOTS) / f"{name}.png")
+
+    def changed(before: object) -> object:
+        return browser.wait(f"{image} && {image} !== {json.dumps(before)} && {image}")
+
+    with Chromium(1240, 900) as browser:
+        browser.scheme("light")
+        browser.open(address)
+        browser.wait("document.querySelector('.read-zone')")
+        shot("empty")
+        # Without a picture there is a message, no trace.
+        browser.type("#question textarea", "what?")
+        browser.click("#ask")
+        browser.wait("document.querySelector('.read-notice')?.innerText.includes('Choose one first')")
+
+        # An example, its first question, and the answer with a mask.
+        browser.click(".read-pick-0")
+        plain = browser.wait(image)
+        browser.click(".read-hints button")
+        browser.wait(answered)
+        assert browser.run("document.querySelectorAll('.read-talk .seg').length") == 1
+        assert "object points" in browser.run(f"{answered}.innerText")
+        drawn = changed(plain)
+        shot("light")
+
+        # Layers, one off, one on.
+        browser.click("#layers label:nth-of-type(2) input")
+        drawn = changed(drawn)
+        browser.click("#layers label:nth-of-type(3) input")
+        drawn = changed(drawn)
+        browser.wait("document.querySelector('.ramp')")
+        browser.click("#layers label:nth-of-type(2) input")
+        drawn = changed(drawn)
+        shot("similarity")
+
+        # Fewer points, by the field of the slider; an impossible pair of thresholds is refused; and back.
+        browser.click("#points > button")
+        browser.type("#num_points input[type=number]", "4")
+        browser.wait(f"{answered}.innerText.includes('4 object points')")
+        drawn = changed(drawn)
+        browser.type("#t_neg input[type=number]", "0.9")
+        browser.wait("document.querySelector('.read-notice')?.innerText.includes('t_neg < t_pos')")
+        browser.click("#reset")
+        browser.wait("!document.querySelector('.read-notice')")
+        drawn = changed(drawn)
+
+        # What is not there: no [SEG], a message, and the mask anyway.
+        browser.click(".read-hints button:nth-of-type(3)")
+        browser.wait("document.querySelector('.anyway')")
+        assert "No [SEG] in this answer" in browser.run("document.querySelector('.read-talk li.shown').innerText")
+        shot("denied")
+        browser.click(".anyway")
+        browser.wait(answered)
+        # The first turn again.
+        browser.click(".read-talk li:last-child .question")
+        browser.wait(f"document.querySelector('.read-talk li:last-child.shown') && {image} === {json.dumps(drawn)}")
+        files = browser.run("[...document.querySelectorAll('.read-files a')].map(a => [a.download, a.href.slice(0, 22)])")
+        assert [name for name, _ in files] == ["example_1_mask.png", "example_1_rle.json", "example_1_labelme.json"]
+        assert files[0][1] == "data:image/png;base64,"
+
+        # Words are words, whatever they look like; too many are not taken.
+        browser.type("#question textarea", "<img src=x onerror=alert(1)> {{value}} ${1+1}")
+        browser.click("#ask")
+        browser.wait("document.querySelector('.read-talk li.shown .question').innerText.includes('onerror')")
+        browser.wait("document.querySelectorAll('.read-talk li').length === 3 && !document.querySelector('.read-talk .cursor')")
+        assert browser.run("document.querySelector('.read-talk li.shown .question').innerText").endswith("{{value}} ${1+1}")
+        assert browser.run("document.querySelectorAll('.read-talk img').length") == 0
+        assert browser.run("document.querySelector('#question textarea').maxLength") == 80
+
+        # Files that are none, and one that is too large: a message, and the picture stays.
+        for name, place, words in (("torn", ".read-notice", "cannot be opened"), ("heavy", ".read-zone-said", "at most 1 MiB")):
+            browser.choose_file(".read-zone input", tmp_path / f"{name}.png")
+            browser.wait(f"document.querySelector('{place}')?.innerText.includes('{words}')")
+            assert browser.run("document.querySelectorAll('.read-talk li').length") == 3
+        # An upload.
+        browser.choose_file(".read-zone input", tmp_path / "my scene.png")
+        browser.wait("document.querySelector('.read-stage img')?.alt.includes('my_scene.png')")
+        assert browser.run("document.querySelectorAll('.read-talk li').length") == 0
+        browser.type("#question textarea", "the green trousers")
+        browser.click("#ask")
+        browser.wait(answered)
+        assert browser.run("document.querySelector('.read-files a').download") == "my_scene_mask.png"
+
+        # Dark, and on a phone: nothing is wider than the screen.
+        browser.scheme("dark")
+        browser.wait("document.body.classList.contains('dark')")
+        shot("dark")
+        browser.resize(400, 860, mobile=True)
+        assert browser.run("document.documentElement.scrollWidth") <= 400
+        if SHOTS:
+            browser.screenshot(Path(SHOTS) / "phone.png", whole=True)
+
+        elsewhere = [url for url in browser.requests if not url.startswith((address, "data:", "blob:"))]
+        assert not elsewhere and not browser.errors
+
+
+@needs_browser
+def test_the_served_page_opens_no_path(address: str) -> None:
+    """The same as the gate's tests say, of the whole server."""
+    for path in ("gradio_api/file=/etc/passwd", "gradio_api/file=README.md", "file=README.md", "gradio_api/proxy=http://localhost/"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(address + path)
+    event = {"data": [FILE], "fn_index": 0, "session_hash": "abc"}
+    kind = {"Content-Type": "application/json"}
+    call = urllib.request.Request(address + "gradio_api/queue/join", json.dumps(event).encode(), kind)
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(call)
