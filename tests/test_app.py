@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from html import unescape
@@ -276,12 +277,32 @@ def test_an_answer_can_be_stopped(desk: Desk) -> None:
     session = desk.session("me")
     assert session.turn.note == "Stopped." and session.turn.ended and session.visible() is None
     before = threading.active_count()
-    answer = desk.ask("me", PRESENT)
-    next(answer)
-    next(answer)
-    answer.close()
-    assert session.turns[-1].ended and threading.active_count() == before
+    for steps in (1, 2):
+        answer = desk.ask("me", PRESENT)
+        for _ in range(steps):
+            next(answer)
+        answer.close()
+        assert session.turns[-1].note == "Stopped." and threading.active_count() == before
     assert asked(desk, PRESENT).visible().masks.any()  # and the model is free again
+
+
+def test_two_visitors_at_once_get_their_own_answers(desk: Desk) -> None:
+    desk.look("you", app.make_examples()[1].picture, "other.jpg")
+    alone = [asked(desk, PRESENT).visible(), list(desk.ask("you", "the thing that covers the ankle"))[-1].visible()]
+    sessions: dict = {}
+
+    def visit(key: str, question: str) -> None:
+        sessions[key] = list(desk.ask(key, question))[-1]
+
+    visits = [
+        threading.Thread(target=visit, args=args) for args in (("me", PRESENT), ("you", "the thing that covers the ankle"))
+    ]
+    for thread in visits:
+        thread.start()
+    for thread in visits:
+        thread.join()
+    for key, answer in zip(("me", "you"), alone, strict=True):
+        assert np.array_equal(sessions[key].visible().masks, answer.masks) and sessions[key].turn.text == answer.text
 
 
 def test_what_goes_wrong_is_a_note(desk: Desk, predictor: READPredictor, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
@@ -557,6 +578,16 @@ SHOTS = os.environ.get("READ_SHOTS")
 """A folder in which the visit leaves screenshots."""
 
 
+WATCH = """
+var seen = [];
+new MutationObserver(() => {
+  const text = document.querySelector(".read-talk .answer")?.innerText;
+  if (text && text !== seen.at(-1)) seen.push(text);
+}).observe(document.body, { subtree: true, childList: true, characterData: true });
+"""
+"""Notes every state of the newest answer."""
+
+
 @needs_browser
 def test_a_visit(address: str, tmp_path: Path) -> None:
     """An example, questions, layers, sliders, an answer without [SEG], an upload, files that are none; nothing from elsewhere."""
@@ -569,7 +600,8 @@ def test_a_visit(address: str, tmp_path: Path) -> None:
 
     def shot(name: str) -> None:
         if SHOTS:
-            browser.screenshot(Path(SHOTS) / f"{name}.png")
+            time.sleep(1)  # colours glide into one another
+            browser.screenshot(Path(SHOTS) / f"{name}.png", whole=name == "phone")
 
     def changed(before: object) -> object:
         return browser.wait(f"{image} && {image} !== {json.dumps(before)} && {image}")
@@ -587,8 +619,11 @@ def test_a_visit(address: str, tmp_path: Path) -> None:
         # An example, its first question, and the answer with a mask.
         browser.click(".read-pick-0")
         plain = browser.wait(image)
+        browser.run(WATCH)
         browser.click(".read-hints button")
         browser.wait(answered)
+        seen = browser.run("seen")
+        assert len(seen) > 3 and seen[-1].startswith("Sure"), "the answer is seen growing"
         assert browser.run("document.querySelectorAll('.read-talk .seg').length") == 1
         assert "object points" in browser.run(f"{answered}.innerText")
         drawn = changed(plain)
@@ -657,10 +692,8 @@ def test_a_visit(address: str, tmp_path: Path) -> None:
         browser.wait("document.body.classList.contains('dark')")
         shot("dark")
         browser.resize(400, 860, mobile=True)
+        shot("phone")
         assert browser.run("document.documentElement.scrollWidth") <= 400
-        if SHOTS:
-            browser.screenshot(Path(SHOTS) / "phone.png", whole=True)
-
         elsewhere = [url for url in browser.requests if not url.startswith((address, "data:", "blob:"))]
         assert not elsewhere and not browser.errors
 

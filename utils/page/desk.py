@@ -42,6 +42,7 @@ MAX_SIDE = 16384
 
 
 LEFT_S = 60.0
+STOPPED = "Stopped."
 
 
 class Refused(ValueError):
@@ -50,6 +51,17 @@ class Refused(ValueError):
 
 class _Stopped(Exception):
     """Ends an answer that nobody waits for any more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writing:
+    """A turn while its answer is written, between the thread that writes and the one that shows."""
+
+    session: Session
+    turn: Turn
+    stop: threading.Event
+    news: threading.Event = dataclasses.field(default_factory=threading.Event)
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,38 +214,36 @@ class Desk:
         earlier: Turns = [(t.question, t.text) for t in session.turns if t.kept is not None] if follow_up else []
         session.turns = [*session.turns, turn][-self.limits.turns :]
         session.shown, session.answer, session.stop = len(session.turns) - 1, None, threading.Event()
-        yield session
-        news, done = threading.Event(), threading.Event()
-        worker = threading.Thread(target=self._answer, args=(session, turn, earlier, sasp, news, done), daemon=True)
-        worker.start()
+        writing = _Writing(session, turn, session.stop)
+        worker = threading.Thread(target=self._answer, args=(writing, earlier, sasp), daemon=True)
         try:
-            while not done.is_set():
-                news.wait()
-                news.clear()  # before the text is shown: what comes meanwhile is shown next, however many tokens it is
+            yield session
+            worker.start()
+            ended = False
+            while not ended:
+                writing.news.wait()
+                writing.news.clear()
+                # Looked up before the text is shown: what comes meanwhile, the end too, is shown next, in one piece.
+                ended = writing.done.is_set()
                 yield session
         finally:
-            session.stop.set()
-            worker.join()
+            writing.stop.set()
+            if worker.ident is not None:
+                worker.join()
+            elif not turn.ended:
+                turn.note = STOPPED
 
-    def _answer(
-        self,
-        session: Session,
-        turn: Turn,
-        earlier: Turns,
-        sasp: SaspConfig | None,
-        news: threading.Event,
-        done: threading.Event,
-    ) -> None:
+    def _answer(self, writing: _Writing, earlier: Turns, sasp: SaspConfig | None) -> None:
         """Runs in a thread of its own; what becomes of the turn is left in it."""
-        stop = session.stop
+        session, turn = writing.session, writing.turn
 
         def tell(text: str) -> None:
-            if stop.is_set():
+            if writing.stop.is_set():
                 raise _Stopped
             if text.count(SEG_TOKEN) > self.limits.segments:
                 raise Refused(f"More than {self.limits.segments} {SEG_TOKEN} in one answer are not drawn.")
             turn.text = text
-            news.set()
+            writing.news.set()
 
         try:
             with self._model, _enough_memory():
@@ -247,15 +257,15 @@ class Desk:
             if session.turn is turn:
                 session.answer = answer
         except _Stopped:
-            turn.note = "Stopped."
+            turn.note = STOPPED
         except ValueError as error:  # a question that holds a mark of the prompt format, or is too long with all before it
             turn.note = one_line(error)
         except Exception:
             logger.exception("an answer failed")
             turn.note = "Something went wrong here; the server's log says what."
         finally:
-            done.set()
-            news.set()
+            writing.done.set()
+            writing.news.set()
 
     def stop(self, key: str) -> None:
         """Ends the answer that is being written, if there is one."""
