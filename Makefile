@@ -60,17 +60,17 @@ demo: setup
 	@printf '\n== 1/7 data in the formats of ReasonSeg, RefCOCO and FP-RefCOCO: $(DATA)\n'
 	python -m dataset.mini --out $(DATA)
 	@printf '\n== 2/7 before: the base on ReasonSeg and RefCOCO val, answers forced\n'
-	bash val_read.sh $(BASE) --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/before
+	bash val_read.sh $(BASE) --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/before --overwrite
 	@printf '\n== 3/7 fine-tuning with DeepSpeed and LoRA for $(TRAIN_SECONDS) s\n'
 	bash train_read.sh mini --version $(BASE) --dataset_dir $(DATA) --log_base_dir $(DEMO) --exp_name train --overwrite --no_eval \
 	  --time_limit_s $(TRAIN_SECONDS)
 	@printf '\n== 4/7 merging LoRA into the base\n'
 	bash merge_lora_weight.sh $(DEMO)/train $(DEMO)/merged --overwrite
 	@printf '\n== 5/7 after: as in 2\n'
-	bash val_read.sh $(DEMO)/merged --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/after
+	bash val_read.sh $(DEMO)/merged --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/after --overwrite
 	python -m utils.compare $(DEMO)/before $(DEMO)/after --html $(DEMO)/compare.html
 	@printf '\n== 6/7 FP-RefCOCO val, answers generated\n'
-	bash test_read.sh $(DEMO)/merged --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/test
+	bash test_read.sh $(DEMO)/merged --dataset_dir $(DATA) --limit $(LIMIT) --out $(DEMO)/test --overwrite
 	@printf '\n== 7/7 one picture, one question: $(DEMO)/answers\n'
 	python demo.py --version $(DEMO)/merged --image $(PICTURE) --prompt "$(QUESTION)" --vis_save_path $(DEMO)/answers
 

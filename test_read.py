@@ -14,7 +14,9 @@ the last whole picture. The two protocols are not comparable: `forced` puts the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -40,19 +42,22 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--dataset_dir", default="data/mini", help="data folder (default: data/mini)")
     parser.add_argument("--protocol", choices=("forced", "generate"), help="default: forced")
-    parser.add_argument("--templates", choices=("fixed", "random"), default="fixed", help="evaluation sentences")
-    parser.add_argument("--seed", type=int, default=0, help="of random templates")
+    parser.add_argument(
+        "--templates", choices=("fixed", "random"), default="fixed",
+        help="sentences around an expression: those of the published ReasonSeg numbers, or drawn from our training pools",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of random templates, and of absent things that own data ask for")
     parser.add_argument(
         "--compat", choices=("correct", "released"), default="correct",
         help="released: generation with the original's treatment of padding and its wording of the system prompt, which its "
         "FP-RefCOCO numbers contain",
     )  # fmt: skip
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
-    parser.add_argument("--chunk", type=int, default=16, help="expressions that go through the model together (default: 16)")
+    parser.add_argument("--max_new_tokens", type=positive, default=512, help="longest answer (default: 512)")
+    parser.add_argument("--chunk", type=positive, default=16, help="expressions that go through the model together (default: 16)")
     parser.add_argument("--workers", type=int, help="processes that read pictures ahead (default: by the number of cores)")
-    parser.add_argument("--limit", type=int, help="only the first pictures of each data set; the result says so")
+    parser.add_argument("--limit", type=positive, help="only the first pictures of each data set; the result says so")
     parser.add_argument("--out", type=Path, default=Path("runs/test"), help="folder of results.json and predictions")
-    parser.add_argument("--overwrite", action="store_true", help="measure again what --out holds already, finished or not")
+    parser.add_argument("--overwrite", action="store_true", help="throw away what --out holds of these data sets")
     parser.add_argument(
         "--strict", action="store_true",
         help="stop at a picture that cannot be read or answered; else it is tried twice, named in the result, and left out",
@@ -90,6 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         return inference(options, [split_name(entry) for entry in options.data])
     except (OSError, ValueError) as error:  # CheckpointError is a ValueError
         raise SystemExit(f"test_read.py: {one_line(error)}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("test_read.py: stopped; the same command goes on after the last whole picture") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SystemExit(f"test_read.py: {one_line(error)}; the same command goes on, --workers 0 reads without it") from error
 
 
 def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
@@ -99,12 +110,15 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
     from dataset import build_eval
     from utils import distributed
     from utils.evaluate import evaluate
-    from utils.predictions import predictions_name, read_predictions
+    from utils.predictions import predictions_name
     from utils.runlog import setup_logging
     from utils.scores import table
 
     if options.compat == "released" and options.protocol == "generate" and not (options.conv_type or options.preset):
         options.conv_type = RELEASED_WORDING
+    files = [predictions_name(*pair) for pair in pairs]
+    if doubled := [name for name in files if files.count(name) > 1]:
+        raise ValueError(f"--data: two sets would both be written to {doubled[0]}: measure them into different --out folders")
     world = distributed.start(engine=False)
     setup_logging(world.is_main)
     options.version = options.version or DEFAULT_MODEL
@@ -116,32 +130,24 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
     model, processor = load_model(options, world.device)
     if options.cache_dir:
         model.cache_sam_features(options.cache_dir)
-    options.out.mkdir(parents=True, exist_ok=True)
     settings = settings_of(options, model)
-    before = {} if options.overwrite else finished(options, settings)
-    distributed.barrier()  # all have read results.json before it is written again
     results = []
-    for (name, split), samples in zip(pairs, data, strict=True):
-        path = options.out / predictions_name(name, split)
-        old = before.get((name, split))
-        if old and not old["failed"]:
-            tell(world, f"{name}|{split} was measured with these settings already: taken over (--overwrite measures it again)")
-            results.append(old)
-        else:
-            whole = len(samples)
-            if options.limit is not None:
-                samples = torch.utils.data.Subset(samples, range(min(options.limit, whole)))
-            try:
-                scores = evaluate(
-                    model, processor, samples, protocol=options.protocol, compat=options.compat, conv_type=options.conv_type,
-                    rank=world.rank, world=world.size, max_new_tokens=options.max_new_tokens, predictions_path=path,
-                    settings=settings, known=read_predictions(path) if old and path.is_file() else (),
-                    overwrite=options.overwrite, strict=options.strict, chunk=options.chunk,
-                    workers=reading_processes(world.size) if options.workers is None else options.workers,
-                )  # fmt: skip
-            except (OSError, ValueError) as error:  # a picture or an annotation, with --strict
-                raise ValueError(f"{name}|{split}: {error}") from error
-            results.append({"dataset": name, "split": split, "images_in_split": whole, **scores})
+    for (name, split), file, samples in zip(pairs, files, data, strict=True):
+        whole, about = len(samples), {"dataset": name, "split": split, "data": data_name(samples)}
+        if options.limit is not None:
+            samples = torch.utils.data.Subset(samples, range(min(options.limit, whole)))
+        try:
+            scores = evaluate(
+                model, processor, samples, protocol=options.protocol, compat=options.compat, conv_type=options.conv_type,
+                rank=world.rank, world=world.size, max_new_tokens=options.max_new_tokens, predictions_path=options.out / file,
+                settings={**settings, **about, "images_in_split": whole}, overwrite=options.overwrite, strict=options.strict,
+                chunk=options.chunk, workers=reading_processes() if options.workers is None else options.workers,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:  # a picture with --strict, or predictions of other settings
+            raise ValueError(f"{name}|{split}: {error}") from error
+        results.append({**about, "images_in_split": whole, **scores})
+        if scores["images_taken_over"]:
+            tell(world, f"{name}|{split}: {scores['images_taken_over']} pictures taken over from {options.out / file}")
         if world.is_main:  # written after each data set: what is measured is not lost
             write_results(options, settings, results)
     tell(world, "\n".join([heading(options, settings), table(results), *failures(results)]))
@@ -151,23 +157,26 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
 
 
 def metrics(paths: list[Path], protocol: str | None) -> str:
-    """The table of predictions that exist already, a part a path, with a warning where the parts may not be compared."""
+    """The table of predictions that exist already, with a warning where its rows may not be compared."""
     from utils.scores import differences, recompute, table
 
     lines, first = [], None
     for path in paths:
         results = recompute([path], protocol)
-        beside = (path if path.is_dir() else path.parent) / "results.json"
-        run = json.loads(beside.read_text()) if beside.is_file() else {"protocol": results[0]["protocol"]}
-        run["results"] = results
-        first = first or run
-        lines += [f"{path} · {results[0]['protocol']}", table(results)]
-        lines += [f"WARNING, not to be compared with {paths[0]}: {words}" for words in differences(first, run)]
-        lines += [
-            f"WARNING: {result['dataset']} {result['split']}: {result['stored_differ']} stored counts are not those of the masks"
-            for result in results
-            if result["stored_differ"]
-        ]
+        lines.append(f"{path}")
+        for protocol_here in sorted({result["protocol"] for result in results}):
+            rows = [result for result in results if result["protocol"] == protocol_here]
+            lines += [f"answers {'generated' if protocol_here == 'generate' else 'forced'}", table(rows)]
+        lines += failures(results)
+        for result in results:
+            told = f"{result['dataset']} {result['split']}"
+            if result.get("limit") is not None:
+                lines.append(f"{told}: the first {result['limit']} of {result['images_in_split']} pictures only")
+            if result["stored_differ"]:
+                lines.append(f"WARNING: {told}: {result['stored_differ']} stored counts are not those of the masks")
+            run = result.pop("settings", None) or {"protocol": result["protocol"]}
+            first = first or (told, run)
+            lines += [f"WARNING, {told} is not to be compared with {first[0]}: {words}" for words in differences(first[1], run)]
     return "\n".join(lines)
 
 
@@ -179,13 +188,26 @@ def split_name(entry: str) -> tuple[str, str]:
     return name, split
 
 
-def reading_processes(processes: int) -> int:
-    """As many that read ahead as this process's share of the cores feeds, leaving one to the model."""
-    return max(1, min(8, (os.cpu_count() or 1) // processes - 1))
+def positive(text: str) -> int:
+    """A flag's value that must be 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, found {text}")
+    return value
+
+
+def reading_processes() -> int:
+    """As many that read ahead as this process's share of the machine's cores feeds, leaving one to the model."""
+    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+def data_name(samples: Any) -> str:
+    """A name for what a data set asks about which picture: other data have another."""
+    return hashlib.blake2b("\n".join(samples.places()).encode(), digest_size=8).hexdigest()
 
 
 def settings_of(options: argparse.Namespace, model: READForCausalLM) -> dict[str, Any]:
-    """All that decides a prediction: two runs with the same settings may be joined, and compared."""
+    """All that decides a prediction: runs of the same settings go on from each other."""
     import dataclasses
     import platform
 
@@ -200,7 +222,7 @@ def settings_of(options: argparse.Namespace, model: READForCausalLM) -> dict[str
         "compat": options.compat,
         "conv_type": options.conv_type or model.config.conv_type,
         "templates": options.templates,
-        "seed": options.seed if options.templates == "random" else None,
+        "seed": options.seed,
         "preset": options.preset,
         "sasp": dataclasses.asdict(model.config.sasp),
         "max_new_tokens": options.max_new_tokens if generated else None,
@@ -209,23 +231,9 @@ def settings_of(options: argparse.Namespace, model: READForCausalLM) -> dict[str
         "attn_implementation": options.attn_implementation,
         "dataset_dir": str(options.dataset_dir),
         "say": signature() if generated else None,
+        "limit": options.limit,
         "versions": {"python": platform.python_version(), **package_versions()},
     }
-
-
-def finished(options: argparse.Namespace, settings: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """{(name, split): result} of what --out holds under the same settings."""
-    file = options.out / "results.json"
-    if not file.is_file():
-        return {}
-    try:
-        record = json.loads(file.read_text())
-        same = {name: record.get(name) for name in settings} == json.loads(json.dumps(settings))
-        if not same or record.get("limit") != options.limit:
-            return {}
-        return {(result["dataset"], result["split"]): result for result in record["results"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}): --overwrite measures everything again") from error
 
 
 def write_results(options: argparse.Namespace, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
@@ -233,13 +241,21 @@ def write_results(options: argparse.Namespace, settings: dict[str, Any], results
     record = {
         "version": str(options.version),
         **settings,
-        "limit": options.limit,
         "command": shlex.join(["python", *sys.argv]),
         "results": results,
     }
     partial = options.out / "results.json.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
     partial.replace(options.out / "results.json")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: a score that is not a number, since nothing was counted, becomes null."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def heading(options: argparse.Namespace, settings: dict[str, Any]) -> str:
@@ -247,7 +263,7 @@ def heading(options: argparse.Namespace, settings: dict[str, Any]) -> str:
     words = [
         str(options.version),
         f"answers {'generated' if options.protocol == 'generate' else 'forced'}",
-        f"{options.templates} templates",
+        "fixed templates" if options.templates == "fixed" else f"random templates (ours), seed {options.seed}",
         f"prompt {settings['conv_type']}",
         f"SasP {'on' if settings['sasp']['enabled'] else 'off'}",
         settings["dtype"],
@@ -264,7 +280,8 @@ def failures(results: list[dict[str, Any]], shown: int = 5) -> list[str]:
     lines = []
     for result in results:
         if failed := result["failed"]:
-            lines.append(f"{result['dataset']}|{result['split']}: {len(failed)} pictures FAILED and are not in these scores:")
+            pictures = f"{len(failed)} picture{'s' * (len(failed) > 1)} of {result['images_in_split']}"
+            lines.append(f"{result['dataset']}|{result['split']}: {pictures} FAILED and not in these scores:")
             lines += [f"  picture {entry['image_index']}: {entry['error']}" for entry in failed[:shown]]
             lines += [f"  ... and {len(failed) - shown} more, see results.json"] if len(failed) > shown else []
     return lines

@@ -563,6 +563,10 @@ class OwnEvaluation:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def places(self) -> list[str]:
+        """What stands at each place; an evaluation goes on only where this is unchanged."""
+        return [f"{picture.path} {[one.text for one in picture.questions]}" for picture in self.pictures]
+
     def __getitem__(self, index: int) -> Sample:
         picture = self.pictures[index]
         image = read_image(picture.path)

@@ -225,6 +225,10 @@ class ReasonEvaluation:
     def __len__(self) -> int:
         return len(self.files)
 
+    def places(self) -> list[str]:
+        """What stands at each place; an evaluation goes on only where this is unchanged."""
+        return [picture.name for picture, _ in self.files]
+
     def __getitem__(self, index: int) -> Sample:
         picture, file = self.files[index]
         note = read_annotation(file)

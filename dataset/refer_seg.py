@@ -96,6 +96,10 @@ class ReferEvaluation:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def places(self) -> list[str]:
+        """What stands at each place; an evaluation goes on only where this is unchanged."""
+        return [f"{picture.file_name} {[s['sent_id'] for s in picture.sentences]}" for picture in self.pictures]
+
     def __getitem__(self, index: int) -> Sample:
         picture = self.pictures[index]
         path, image = _read(self.refer, picture)

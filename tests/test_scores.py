@@ -106,6 +106,10 @@ def test_data_that_differ_are_told():
 # ------------------------------------------------------------------------------------------------ recomputing
 
 
+def beside(folder):
+    return folder / "predictions_data_own_val.jsonl.settings.json"
+
+
 def own_folder(folder, protocol="generate", dataset="data/own", split="val"):
     """A folder as test_read.py leaves it, with two pictures."""
     folder.mkdir()
@@ -117,8 +121,11 @@ def own_folder(folder, protocol="generate", dataset="data/own", split="val"):
         pixels = expressions([made])[0]
         records.append(made | {"intersection": pixels.intersection, "union": pixels.union})
     (folder / "predictions_data_own_val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    about = {"dataset": dataset, "split": split, "images_in_split": 7, "compat": "correct", "conv_type": "llava_v1"}
-    (folder / "results.json").write_text(json.dumps({"protocol": protocol, "results": [about]}))
+    settings = {
+        "protocol": protocol, "dataset": dataset, "split": split, "images_in_split": 7, "compat": "correct",
+        "conv_type": "llava_v1",
+    }  # fmt: skip
+    beside(folder).write_text(json.dumps({"settings": settings, "failed": []}))
     return records
 
 
@@ -131,6 +138,7 @@ def test_own_predictions_are_counted_again(tmp_path):
         "path": str(tmp_path / "run/predictions_data_own_val.jsonl"),
     }  # fmt: skip
     assert (result.pop("compat"), result.pop("conv_type")) == ("correct", "llava_v1")
+    assert (result.pop("failed"), result.pop("settings")["dataset"]) == ([], "data/own")
     assert result == summarize(expressions(records), generated=True)
     records[0]["union"] += 1
     (tmp_path / "run/predictions_data_own_val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -142,14 +150,14 @@ def test_the_protocol_is_known_or_asked_for(tmp_path):
     assert recompute([tmp_path / "run"], protocol="forced")[0]["see"] is None
     with pytest.raises(ValueError, match="its answers are of protocol forced, not generate"):
         recompute([tmp_path / "run"], protocol="generate")
-    (tmp_path / "run/results.json").unlink()
+    beside(tmp_path / "run").unlink()
     file = tmp_path / "run/predictions_data_own_val.jsonl"
-    with pytest.raises(ValueError, match="--protocol forced or generate"):
+    with pytest.raises(ValueError, match="names its protocol: say --protocol"):
         recompute([file])
     (result,) = recompute([file], protocol="generate")
     assert (result["dataset"], result["split"], result["see"]) == ("data_own", "val", 1)
-    (tmp_path / "run/results.json").write_text("[1]")
-    with pytest.raises(ValueError, match="results.json is not a results.json"):
+    beside(tmp_path / "run").write_text("[1]")
+    with pytest.raises(ValueError, match="settings.json is damaged"):
         recompute([file])
 
 

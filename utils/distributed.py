@@ -7,6 +7,7 @@ processes were launched or where an engine asks for it. Everything here works on
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import random
 import socket
@@ -67,7 +68,8 @@ def _start_group(rank: int, size: int, local_rank: int, engine: bool) -> None:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     os.environ.setdefault("MASTER_PORT", "29500")
     if not engine:  # to evaluate, DeepSpeed need not be installed
-        dist.init_process_group("nccl" if _on_gpu() else "gloo")
+        # Shares are equal in pictures, not in hours: who is done early waits for the others.
+        dist.init_process_group("nccl" if _on_gpu() else "gloo", timeout=datetime.timedelta(days=1))
         return
     import deepspeed
     from deepspeed.accelerator import get_accelerator

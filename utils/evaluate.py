@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 PROTOCOLS = ("forced", "generate")
 COMPAT = ("correct", "released")
-HOPELESS = 10
-"""After as many failed pictures, and none that went well, the fault is not in the pictures."""
+HOPELESS = 20
+"""After as many failed pictures in a row, the fault is not in the pictures."""
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,6 @@ def evaluate(
     max_new_tokens: int = 512,
     predictions_path: str | Path | None = None,
     settings: dict[str, Any] | None = None,
-    known: Sequence[dict[str, Any]] = (),
     overwrite: bool = False,
     strict: bool = True,
     chunk: int = 16,
@@ -99,16 +98,15 @@ def evaluate(
     Args:
         protocol: `forced` or `generate`; the samples' conversations must end with an answer, or without one.
         compat: `correct` gives every expression the result it would have alone. `released` repeats the original's
-            generation: rows one at a time, each with the padding that its longest neighbour in the picture caused and
-            with the attention mask that this shifts (§1, §8-25). Without padding on the left, so in `forced`, they agree.
+            generation: rows one at a time, each with the padding that its longest neighbour in the picture caused, which it
+            attends to and counts positions from (§1, §8-25). Without padding on the left, so in `forced`, they agree.
         conv_type: wording of the system prompt; unless given, the one saved with the model.
         rank, world: this process and their number; shares are exact, no picture is counted twice.
         max_new_tokens: longest answer.
-        predictions_path: JSON lines, one an expression, in the order of the data set whatever `world` is. What a stopped run
-            left beside it is taken over, and the numbers are those of a run that nobody stopped.
-        settings: what else decides the predictions (the checkpoint, SasP, ...): a stopped run goes on under the same only.
-        known: records of pictures that need not be asked again, of a finished run in which others failed.
-        overwrite: what a stopped run left is thrown away.
+        predictions_path: JSON lines, one an expression, in the order of the data set whatever `world` is. What an earlier run
+            left there, stopped or finished, is taken over, and the numbers are those of a run that nobody stopped.
+        settings: what else decides the predictions (the checkpoint, the data, SasP, ...): a run goes on under the same only.
+        overwrite: what an earlier run left is thrown away.
         strict: a picture that cannot be read or answered stops the evaluation. Else it is tried once more, with fewer
             expressions at a time, and then named in the result.
         chunk: expressions that go through the model together.
@@ -135,19 +133,20 @@ def evaluate(
     kept = None
     if predictions_path is not None:
         settings = {"protocol": protocol, "compat": compat, "conv_type": conv_type, **(settings or {})}
-        kept = PredictionLog(predictions_path, settings, rank, known=known, overwrite=overwrite)
-    done = kept.done if kept else {}
+        kept = PredictionLog(predictions_path, settings, rank, overwrite)
+    done = kept.done if kept else frozenset()
     open_ones = [index for index in range(len(dataset)) if index not in done]
     mine = [open_ones[i] for i in shard(len(open_ones), rank, world)]
     room = model.config.llava.text_config.max_position_embeddings - (max_new_tokens if protocol == "generate" else 0)
-    read = _Reader(dataset, mine, processor, protocol, conv_type, room, collate, strict)
+    read = _Reader(dataset, mine, processor, protocol, conv_type, room, collate)
     # A generator of its own: validation must not move the random numbers of the training around it.
     loader = torch.utils.data.DataLoader(
         read, batch_size=None, num_workers=workers, generator=torch.Generator().manual_seed(0)
     )
     answer = _Answerer(model, processor, protocol, compat, max_new_tokens, chunk, strict)
-    rows = [expression(record) for records in done.values() for record in records] if rank == 0 else []
+    rows = [expression(record) for records in (kept.taken_over.values() if kept else ()) for record in records]
     failed: list[dict[str, Any]] = []
+    in_a_row = 0
     try:
         # Not a terminal (a log file): one line now and then instead of a hundred.
         every = 0.5 if sys.stderr.isatty() else 15
@@ -155,11 +154,15 @@ def evaluate(
             begun = time.monotonic()
             found = loaded if isinstance(loaded, str) else answer(index, loaded)
             if isinstance(found, str):
+                if strict:
+                    raise ValueError(f"picture {index}: {found}")
                 log.warning("picture %d failed and is left out: %s", index, found)
                 failed.append({"image_index": index, "error": found})
-                if len(failed) >= HOPELESS and not rows:
-                    raise ValueError(f"the first {HOPELESS} pictures all failed, the last with: {found}")
+                in_a_row += 1
+                if in_a_row >= HOPELESS:
+                    raise ValueError(f"{HOPELESS} pictures in a row failed, the last with: {found}")
                 continue
+            in_a_row = 0
             seconds = (time.monotonic() - begun) / max(len(found), 1)
             sample = loaded.samples[0]
             counted = [_count(sample, index, n, prediction, protocol) for n, prediction in enumerate(found)]
@@ -174,11 +177,11 @@ def evaluate(
         raise
     finally:
         model.train(was_training)
-    if kept:
-        kept.close()
     shares = gather_objects((rows, failed))
-    rows = sorted((row for share, _ in shares for row in share), key=lambda row: row.image)
+    rows = [row for share, _ in shares for row in share]
     failed = sorted((entry for _, share in shares for entry in share), key=lambda entry: entry["image_index"])
+    if kept:
+        kept.close(failed, images_asked=len(dataset))
     if failed and not rows:
         raise ValueError(f"all {len(failed)} pictures failed, the first with: {failed[0]['error']}")
     return {
@@ -206,7 +209,8 @@ def predict(
     share_prefix: bool = True,
 ) -> list[Prediction]:
     """Answers and masks of the N questions of a batch, at most `chunk` at a time, its pictures encoded once."""
-    inputs = batch.to(model.device, model.dtype).model_inputs()
+    # The true masks are counted where they are; nothing needs them beside the model.
+    inputs = dataclasses.replace(batch, masks=[]).to(model.device, model.dtype).model_inputs()
     asked = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "image_of_question")}
     images = model.encode_images(**inputs)
     given = [turns[-1][1] or "" for sample in batch.samples for turns in sample.conversations]
@@ -265,14 +269,15 @@ class _Answerer:
         try:
             return self._predict(batch, self.chunk)
         except Exception as error:
-            if self.strict or self.in_step.split:  # where processes must keep step, none may try again alone
+            # Where processes must keep step, none may try again alone; a device in error answers nothing any more.
+            if self.strict or self.in_step.split or "CUDA error" in str(error):
                 raise
-            log.warning("picture %d, once more with fewer expressions at a time: %s", index, _words(error))
+            log.warning("picture %d is tried once more: %s", index, _words(error))
         # Not inside `except`: there the error would still hold the memory it died of.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
-            return self._predict(batch, max(self.chunk // 4, 1))
+            return self._predict(batch, max(min(self.chunk, len(batch.input_ids)) // 4, 1))
         except Exception as error:
             return _words(error)
 
@@ -345,10 +350,9 @@ class _Reader(torch.utils.data.Dataset):
         conv_type: str,
         max_positions: int,
         collate: Callable[..., Batch],
-        strict: bool,
     ) -> None:
         self.dataset, self.indices, self.processor, self.collate = dataset, indices, processor, collate
-        self.conv_type, self.max_positions, self.strict = conv_type, max_positions, strict
+        self.conv_type, self.max_positions = conv_type, max_positions
         self.padding = "right" if protocol == "forced" else "left"
 
     def __len__(self) -> int:
@@ -356,15 +360,13 @@ class _Reader(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, Batch | str]:
         index = self.indices[i]
-        for last in (False, True):  # a file system may fail once
+        try:
             try:
                 return index, self._batch(self.dataset[index])
-            except Exception as error:
-                if self.strict:
-                    raise
-                if last:
-                    return index, _words(error)
-        raise AssertionError("not reached")
+            except OSError:  # a file system may fail once
+                return index, self._batch(self.dataset[index])
+        except Exception as error:  # in words: from another process it would come without its own
+            return index, _words(error)
 
     def any(self) -> Batch:
         """The first picture that has a question, whosever it is."""

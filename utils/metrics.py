@@ -126,9 +126,12 @@ def count(
     say: float | None = None,
 ) -> Expression:
     """The row of one expression: masks (H, W) as in `overlap`, the rest as in `Expression`, with None for what is not known."""
-    intersection, union, area = class_areas(prediction.byte(), target)
+    inside, truth = np.asarray(prediction) != 0, np.asarray(target)  # once a mask: numpy counts tens of times faster
+    there = truth == 1
+    counted = inside & (truth != IGNORE_PIXEL)
+    intersection, area, predicted = (int(np.count_nonzero(part)) for part in (inside & there, there, counted))
     return Expression(
-        image, int(intersection[1]), int(union[1]), int(area[1]), target.numel(), _flag(exists), _flag(predicted_exists),
+        image, intersection, predicted + area - intersection, area, truth.size, _flag(exists), _flag(predicted_exists),
         _flag(sentence), words, math.nan if say is None else say,
     )  # fmt: skip
 

@@ -10,17 +10,16 @@ the whole of that file. No model and no picture is needed here.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.metrics import THRESHOLDS, summarize
+from utils.prediction_log import read_settings, settings_file
 from utils.predictions import (
     RELEASED_NAME,
     expressions,
-    predictions_name,
     read_predictions,
     read_released,
     released_files,
@@ -152,11 +151,11 @@ def recompute(paths: Sequence[str | Path], protocol: str | None = None) -> list[
     Args:
         paths: predictions_*.jsonl, folders of test_read.py (each file in it), folders of the original's test_read.py
             (`preds_*_of_*.json` with `segmentation_mask`), or those json files, all of one run.
-        protocol: that of predictions that have no results.json beside them. The original's are always "generate".
+        protocol: that of predictions that have no settings beside them. The original's are always "generate".
 
     Returns:
         What `summarize` returns, with `dataset`, `split`, `protocol`, `path`, and `stored_differ`: expressions whose stored
-        I or U is not what their masks give. `compat`, `conv_type` and `images_in_split` come from results.json, if there.
+        I or U is not what their masks give. `settings`, `failed`, `images_in_split` and more are what stands beside our own.
 
     Raises:
         FileNotFoundError, ValueError: nothing to read, something broken, or a protocol that is unknown or contradicted.
@@ -179,34 +178,23 @@ def recompute(paths: Sequence[str | Path], protocol: str | None = None) -> list[
 
 
 def _own(path: Path, protocol: str | None) -> dict[str, Any]:
-    """The result of a predictions file of test_read.py."""
+    """The result of a predictions file of test_read.py; how it was made stands beside it."""
     records = read_predictions(path)
-    run, about = _beside(path)
-    told = about.get("protocol", run.get("protocol"))
-    if told is None and protocol is None:
-        raise ValueError(f"{path} has no results.json beside it that names its protocol: say --protocol forced or generate")
+    about = read_settings(path) or {"settings": {}, "failed": []}
+    settings = about["settings"]
+    if not settings and protocol is None:
+        raise ValueError(f"{path} has no {settings_file(path).name} beside it that names its protocol: say --protocol")
     name, _, split = path.name.removeprefix("predictions_").removesuffix(".jsonl").rpartition("_")
-    kept = {key: about[key] for key in ("compat", "conv_type", "images_in_split") if key in about}
-    about = {"dataset": about.get("dataset", name or split), "split": about.get("split", split if name else "")}
-    return {**about, **_scores(records, path, told, protocol), **kept}
-
-
-def _beside(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(results.json beside a predictions file, its entry about that file); empty if there is none."""
-    file = path.with_name("results.json")
-    if not file.is_file():
-        return {}, {}
-    try:
-        run = json.loads(file.read_text())
-        entries = [entry for entry in run["results"] if predictions_name(entry["dataset"], entry["split"]) == path.name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a results.json of test_read.py: {error!r}") from error
-    return run, entries[0] if entries else {}
+    names = {"dataset": settings.get("dataset", name or split), "split": settings.get("split", split if name else "")}
+    kept = {key: settings[key] for key in ("compat", "conv_type", "images_in_split", "limit") if key in settings}
+    scores = _scores(records, path, settings.get("protocol"), protocol)
+    return {**names, **scores, **kept, "failed": about["failed"], "settings": settings}
 
 
 def _original(files: Sequence[Path], name: str, protocol: str | None) -> dict[str, Any]:
     """The result of a data set in the original's layout; it knows one split, val."""
-    return {"dataset": name, "split": "val", **_scores(read_released(files), files[0].parent, "generate", protocol)}
+    scores = _scores(read_released(files), files[0].parent, "generate", protocol)
+    return {"dataset": name, "split": "val", **scores, "failed": []}
 
 
 def _scores(records: list[dict[str, Any]], path: Path, told: str | None, wanted: str | None) -> dict[str, Any]:
