@@ -22,13 +22,10 @@ Legend: (H, W) pixels of the original picture · E expressions · M pictures.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:  # scores of files need no torch, and are there sooner without
-    import torch
 
 IGNORE_PIXEL = 255
 """Pixels of a target that count neither for nor against (ReasonSeg's `ignore` shapes)."""
@@ -86,37 +83,25 @@ class Expression(NamedTuple):
         return Overlap(self.intersection, self.union).iou
 
 
-def class_areas(
-    prediction: torch.Tensor, target: torch.Tensor, classes: int = 2, ignore: int = IGNORE_PIXEL
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(intersection, union, target), each (classes,) int64: pixels of each class where `target` is not `ignore`.
-
-    Args:
-        prediction, target: same shape, any integer or bool dtype. Neither is changed (the original's prediction was).
-    """
-    import torch
-
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}: they must agree")
-    counted = target != ignore
-    rows = []
-    for c in range(classes):
-        predicted, true = (prediction == c) & counted, (target == c) & counted
-        both, ours, theirs = (predicted & true).sum(), predicted.sum(), true.sum()
-        rows.append(torch.stack([both, ours + theirs - both, theirs]))
-    intersection, union, area = torch.stack(rows, dim=1)
-    return intersection, union, area
+def _pixels(prediction: Any, target: Any) -> tuple[int, int, int]:
+    """(intersection, union, target) of the object where `target` is not to be ignored; nothing is changed."""
+    inside, truth = np.asarray(prediction) != 0, np.asarray(target)
+    if inside.shape != truth.shape:
+        raise ValueError(f"prediction is {inside.shape}, target {truth.shape}: they must agree")
+    there = truth == 1
+    counted = inside & (truth != IGNORE_PIXEL)
+    intersection, area, predicted = (int(np.count_nonzero(part)) for part in (inside & there, there, counted))
+    return intersection, predicted + area - intersection, area
 
 
-def overlap(prediction: torch.Tensor, target: torch.Tensor) -> Overlap:
-    """Intersection and union of the object, (H, W) each: `prediction` bool or 0 / 1, `target` 0 / 1 / 255."""
-    intersection, union, _ = class_areas(prediction.byte(), target)
-    return Overlap(int(intersection[1]), int(union[1]))
+def overlap(prediction: Any, target: Any) -> Overlap:
+    """Intersection and union of the object, arrays or CPU tensors (H, W): `prediction` bool or 0 / 1, `target` 0 / 1 / 255."""
+    return Overlap(*_pixels(prediction, target)[:2])
 
 
 def count(
-    prediction: torch.Tensor,
-    target: torch.Tensor,
+    prediction: Any,
+    target: Any,
     image: int,
     exists: bool | None = None,
     predicted_exists: bool | None = None,
@@ -126,12 +111,8 @@ def count(
     say: float | None = None,
 ) -> Expression:
     """The row of one expression: masks (H, W) as in `overlap`, the rest as in `Expression`, with None for what is not known."""
-    inside, truth = np.asarray(prediction) != 0, np.asarray(target)  # once a mask: numpy counts tens of times faster
-    there = truth == 1
-    counted = inside & (truth != IGNORE_PIXEL)
-    intersection, area, predicted = (int(np.count_nonzero(part)) for part in (inside & there, there, counted))
     return Expression(
-        image, intersection, predicted + area - intersection, area, truth.size, _flag(exists), _flag(predicted_exists),
+        image, *_pixels(prediction, target), np.asarray(target).size, _flag(exists), _flag(predicted_exists),
         _flag(sentence), words, math.nan if say is None else say,
     )  # fmt: skip
 
@@ -160,46 +141,6 @@ def summarize(rows: Sequence[Expression], *, generated: bool, resamples: int = 2
     rows = sorted(rows, key=lambda row: row.image)
     subsets = {name: _whole(part, generated) for name, part in _subsets(rows) if 0 < len(part) < len(rows)}
     return {**_whole(rows, generated), "interval": _intervals(rows, generated, resamples, seed), "subsets": subsets}
-
-
-class SegmentationMeter:
-    """Collects rows where the masks are all there is to know, each expression being a picture of its own."""
-
-    def __init__(self) -> None:
-        self.rows: list[Expression] = []
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def update(
-        self,
-        prediction: torch.Tensor,
-        target: torch.Tensor,
-        exists: bool | None = None,
-        predicted_exists: bool | None = None,
-    ) -> Overlap:
-        """Counts one expression: masks (H, W) as in `overlap`; presence only where the model was free to deny it."""
-        row = count(prediction, target, len(self.rows), exists, predicted_exists)
-        self.rows.append(row)
-        return Overlap(row.intersection, row.union)
-
-    def add(self, found: Overlap, exists: bool | None = None, predicted_exists: bool | None = None) -> None:
-        """Counts one expression whose pixels are counted already."""
-        presence = _flag(exists), _flag(predicted_exists)
-        self.rows.append(Expression(len(self.rows), *found, 0, 0, *presence))
-
-    def state(self) -> list[Expression]:
-        """The rows: what processes exchange."""
-        return list(self.rows)
-
-    def merge(self, state: Iterable[Expression]) -> SegmentationMeter:
-        """Adds the expressions of another meter's state; returns self."""
-        self.rows += state
-        return self
-
-    def compute(self) -> dict[str, Any]:
-        """The scores of `summarize` without images, interval and subsets."""
-        return _scores(self.rows, generated=True)
 
 
 # ------------------------------------------------------------------------------------------------ what they are made of
