@@ -53,6 +53,7 @@ def folder(tiny: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That checkpoint on disk."""
     path = tmp_path_factory.mktemp("checkpoint") / "tiny"
     tiny[0].save_pretrained(path, processor=tiny[1])
+    torch.save(tiny[0].sam.state_dict(), path.with_name("sam.pth"))
     return path
 
 
@@ -252,8 +253,11 @@ def test_untouched_sam_does_what_its_package_does(tiny: tuple, data: Path, tmp_p
 
 def test_a_sweep_meets_the_models_own_scores(tiny: tuple, several: list[Sample]) -> None:
     """At the checkpoint's values every axis gives the model's own pixels; `utils.evaluate` finds the same gIoU and cIoU."""
-    found = studied(tiny, several, sweep=True)
-    scores = evaluate(*tiny, several, progress=False)
+    few = [
+        dataclasses.replace(sample, conversations=sample.conversations[:3], masks=sample.masks[:3]) for sample in several
+    ]
+    found = studied(tiny, few, sweep=True)
+    scores = evaluate(*tiny, few, progress=False)
     summary = tables.summary_of(found, "part")
     for name in ("giou", "ciou"):
         assert summary["masks"]["both"][name] == pytest.approx(scores[name], abs=1e-12)
@@ -295,13 +299,16 @@ def test_a_model_without_points_has_the_embedding_as_its_own(tiny: tuple, data: 
         assert not np.array_equal(one.levels["sam"], other.levels["sam"]), "the decoder saw no points"
 
 
-def test_generated_answers_are_those_of_the_evaluation(tiny: tuple, several: list[Sample], tmp_path: Path) -> None:
+def test_generated_answers_are_those_of_the_evaluation(
+    tiny: tuple, several: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """[SEG] is the model's own: same answers, same masks; an answer without [SEG] has no map and an empty mask."""
     free = [
         dataclasses.replace(sample, conversations=[[(turns[0][0], None)] for turns in sample.conversations])
         for sample in several
     ]
-    found = studied(tiny, free, protocol="generate", max_new_tokens=12, sweep=True, layers=None, chunk=5)
+    monkeypatch.setattr(prompts, "AXES", {"num_points": (2,)})
+    found = studied(tiny, free, protocol="generate", max_new_tokens=12, layers=None, sweep=True, chunk=5)
     evaluate(
         *tiny, free, protocol="generate", max_new_tokens=12, predictions_path=tmp_path / "p.jsonl", progress=False
     )  # fmt: skip
@@ -362,8 +369,12 @@ def report(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     record = json.loads(file.read_text())
     file.write_text(json.dumps(record | {"text": [HOSTILE], "is_sentence": True}))
     out, sheet = root / "report", root / "sheet.png"
-    more = ("--layers", "all", "--sweep", "--cards", "2", "--figure", str(sheet))
-    assert command.main([*line(folder, root, out, *more), "--version", str(folder), f"{folder}:no-sasp"]) == 0
+    more = ("--layers", "all", "--sweep", "--cards", "2", "--figure", str(sheet), "--sam", str(folder.with_name("sam.pth")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(prompts.AXES, "num_points", (1, 30))  # all would take longer and show no more
+        patch.setitem(prompts.AXES, "t_pos", (0.8,))
+        patch.setitem(prompts.AXES, "t_neg", (0.2,))
+        assert command.main([*line(folder, root, out, *more), "--version", str(folder), f"{folder}:no-sasp"]) == 0
     return out, sheet
 
 
@@ -376,7 +387,7 @@ def test_the_page_holds_every_card_and_nothing_hostile(report: tuple[Path, Path]
     assert [card["id"] for card in cards] == ["e1", "e2"]
     assert len([attrs for attrs in found.all("tr") if "data-scores" in attrs]) == 3
     pictures = found.all("img")
-    names = ("truth", "clip", "llava", "sam", "dots", "points", "embedding", "both", "layers")
+    names = ("truth", "clip", "llava", "sam", "dots", "points", "untouched", "embedding", "both", "layers")
     for n in range(2):
         for name in names:
             whose = "" if name == "truth" else "_1"
@@ -401,13 +412,14 @@ def test_the_page_holds_every_card_and_nothing_hostile(report: tuple[Path, Path]
 
 
 def test_the_tables_hold_what_was_measured(report: tuple[Path, Path]) -> None:
-    """A row an expression and model; both models drew the same [SEG] masks, since they are one checkpoint."""
+    """A row an expression and model; both models drew the same masks, since they are one checkpoint."""
     out, sheet = report
     rows = list(csv.DictReader((out / "expressions.csv").open(encoding="utf-8")))
     assert [row["model"] for row in rows] == ["tiny"] * 3 + ["tiny:no-sasp"] * 3
     assert rows[0]["question"] == HOSTILE
     for one, other in zip(rows[:3], rows[3:], strict=True):
-        assert one["iou_embedding"] == other["iou_embedding"] and one["s_iou_clip"] == other["s_iou_clip"]
+        assert all(one[f"iou_{prompt}"] == other[f"iou_{prompt}"] for prompt in study.PROMPTS)
+        assert one["s_iou_clip"] == other["s_iou_clip"]
         assert 0 <= float(one["s_iou_llava"]) <= 1 and one["peak_llava"] in "01"
     for name in ("summary", "thresholds", "layers", "sweep"):
         assert {row["model"] for row in csv.DictReader((out / f"{name}.csv").open())} == {"tiny", "tiny:no-sasp"}

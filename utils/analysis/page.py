@@ -51,14 +51,13 @@ def page(studies: Sequence[Study], parts: Sequence[str], figures: Sequence[Figur
     rows = _together(studies)
     scores = scores_of(studies)
     shown = [number for number, found in enumerate(rows) if any(row.pictures for row in found.values())]
-    generated = record["protocol"] == "generate"
     sections = [
         _section("What all expressions say", *(_summary(studies, part) for part in parts)),
         _section("Curves", f'<div class="figures">{"".join(map(_figure, figures))}</div>') if figures else "",
         _sweep(studies, parts),
         _section("Expressions", _lead(len(shown), len(rows)), _tools(scores), _table(studies, rows, scores, shown)),
         _legend(studies),
-        f'<div id="cards">{"".join(_card(n, rows[n], studies, generated) for n in shown)}</div>',
+        f'<div id="cards">{"".join(_card(n, rows[n], studies, record) for n in shown)}</div>',
         '<p id="none" hidden>No expression fits the filter.</p>',
         _section("How this was made", _record(record)),
     ]
@@ -79,7 +78,7 @@ def page(studies: Sequence[Study], parts: Sequence[str], figures: Sequence[Figur
 <body>
 <header>
 <h1>Where <span class="seg">SEG</span> looks, and what its points are worth</h1>
-<p class="soft">{_e(names)} · {_e(", ".join(parts))} · answers {"generated" if generated else "forced"}</p>
+<p class="soft">{_e(names)} · {_e(", ".join(parts))} · answers {"generated" if record["protocol"] == "generate" else "forced"}</p>
 </header>
 <main>
 {NEW_LINE.join(section for section in sections if section)}
@@ -255,7 +254,7 @@ def _with_difference(row: dict[str, Any], name: str) -> str:
     bounds = row[f"{name}_interval"]
     if row["own"] or not bounds:
         return f"<strong>{percent(row[name])}</strong>"
-    clear = "clear" if bounds[0] > 0 or bounds[1] < 0 else "soft"
+    clear = "clear" if bounds[0] > 0 or bounds[1] < 0 else "open"
     change = f"{100 * row[f'{name}_difference']:+.1f} [{100 * bounds[0]:+.1f}, {100 * bounds[1]:+.1f}]"
     return f'<strong>{percent(row[name])}</strong> <small class="{clear}">{_e(change)}</small>'
 
@@ -333,12 +332,12 @@ def _legend(studies: Sequence[Study]) -> str:
     return f'<p class="legend">{"".join(keys)}</p>'
 
 
-def _card(n: int, found: dict[int, Row], studies: Sequence[Study], generated: bool) -> str:
-    """One expression: a row of pictures a model, and its answer where that is its own."""
+def _card(n: int, found: dict[int, Row], studies: Sequence[Study], record: dict[str, Any]) -> str:
+    """One expression: a row of pictures a model."""
     row = next(iter(found.values()))
     values = _values(found, studies)
     there = "" if row.exists else ' · <span class="wrong">not in the picture</span>'
-    models = "".join(_model(studies[m], one, len(studies) > 1, generated) for m, one in found.items())
+    models = "".join(_model(studies[m], one, len(studies) > 1, record) for m, one in found.items())
     percent_of = f"{100 * row.share:.1f} % of the picture"
     return (
         f'<article class="card" id="e{n + 1}" tabindex="-1" data-n="{n}" {_data(found, values)} aria-labelledby="h{n + 1}">'
@@ -347,11 +346,11 @@ def _card(n: int, found: dict[int, Row], studies: Sequence[Study], generated: bo
     )
 
 
-def _model(study: Study, row: Row, named: bool, generated: bool) -> str:
-    """The pictures of one model."""
+def _model(study: Study, row: Row, named: bool, record: dict[str, Any]) -> str:
+    """The pictures of one model, and its answer where that is its own."""
     name = f"<h4>{_e(study.name)}</h4>" if named else ""
     answer = _e(row.answer).replace("[SEG]", '<span class="seg">SEG</span>')
-    said = f'<p class="answer soft"><q>{answer}</q></p>' if generated else ""
+    said = f'<p class="answer soft"><q>{answer}</q></p>' if record["protocol"] == "generate" else ""
     gone = '<p class="wrong">No [SEG] in the answer: nothing to look at, all masks are empty.</p>' if not row.num_seg else ""
     tiles, strip = [], ""
     for picture in row.pictures:
@@ -361,7 +360,8 @@ def _model(study: Study, row: Row, named: bool, generated: bool) -> str:
             f'decoding="async" alt="{_e(picture.words)}"></a>'
         )
         if picture.name == "layers":
-            strip = f'<figure class="strip"><figcaption>layers of the language model</figcaption><div>{image}</div></figure>'
+            words = f"image tokens of a layer of the language model, [SEG] of the {record['layer_seg']} layer"
+            strip = f'<figure class="strip"><figcaption>{_e(words)}</figcaption><div>{image}</div></figure>'
         else:
             tiles.append(f'<figure>{image}<figcaption>{_caption(picture.name, row)}</figcaption></figure>')
     return f'<div class="model">{name}{said}{gone}<div class="tiles">{"".join(tiles)}</div>{strip}</div>'
@@ -502,12 +502,12 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #ffffff; --panel: #f5f6f8; --ink: #1c2026; --soft: #5a626d; --line: #d9dde3; --focus: #0072b2;
-  --right: #14713b; --wrong: #b3261e; --map: #d55e00;
+  --wrong: #b3261e; --map: #d55e00;
 """ + "".join(f"  --{prompt}: rgb{colour};\n" for prompt, colour in TINTS.items()) + """}
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --panel: #1d2127; --ink: #e8eaed; --soft: #a3abb6; --line: #363c45; --focus: #56b4e9;
-    --right: #6fd69a; --wrong: #ff9a92; --map: #e8833a;
+    --wrong: #ff9a92; --map: #e8833a;
   }
 }
 * { box-sizing: border-box; }
@@ -594,7 +594,6 @@ figcaption { font-size: .84rem; line-height: 1.35; padding-top: .25rem; }
 .record { font-size: .85rem; }
 .record td { white-space: normal; overflow-wrap: anywhere; }
 .record tr > * { border-bottom: 1px solid var(--line); }
-.right { color: var(--right); }
 .wrong { color: var(--wrong); }
 @media (max-width: 40rem) {
   body { padding: 1rem .7rem 3rem; }

@@ -142,9 +142,9 @@ class Row:
         return float(picture_maps.s_iou(self.levels[name])[picture_maps.LEVELS.index(level)])
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Study:
-    """One model on all data sets."""
+    """One model on all data sets. Each is itself alone: `tables` remembers what it summed up."""
 
     name: str
     settings: dict[str, Any]

@@ -11,6 +11,7 @@ that there is not.
 from __future__ import annotations
 
 import csv
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,9 @@ from .study import MAPS, PAIRS, PROMPTS, SWEPT, Row, Study
 # ------------------------------------------------------------------------------------------------ summary
 
 
+@functools.lru_cache(maxsize=64)
 def summary_of(study: Study, part: str) -> dict[str, Any]:
-    """What the expressions of one data set say together.
+    """What the expressions of one data set say together, summed up once, when the study is complete.
 
     Returns:
         expressions, measured, images, without_seg; and
@@ -102,8 +104,12 @@ def _mean(values: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------ sweep
 
 
+@functools.lru_cache(maxsize=64)
 def sweep_table(study: Study, part: str) -> list[dict[str, Any]]:
-    """A row a setting and prompt: scores, their difference from the checkpoint's own values, mean numbers of points."""
+    """A row a setting and prompt: scores, their difference from the checkpoint's own values, mean numbers of points.
+
+    As `summary_of` it sums a study up once: table, figures and page all ask for it.
+    """
     rows = study.of(part)
     if not study.sweep or not rows:
         return []
