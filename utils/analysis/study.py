@@ -231,7 +231,7 @@ class _Shown(NamedTuple):
 class _Tried(NamedTuple):
     """One setting of a sweep on M [SEG] tokens."""
 
-    masks: dict[str, torch.Tensor]
+    masks: dict[str, np.ndarray]
     """Prompt -> (M, H, W) bool."""
     points: list[tuple[int, int, int]]
 
@@ -320,22 +320,22 @@ class _Looker:
                 strip = self._layers(row, seen, entry, shown.size, target)
                 _measure(row, laid, target)
             if self.study.sweep:
-                _sweep(row, tried, len(self.study.sweep), entry, torch.from_numpy(target).to(self.model.device))
+                _sweep(row, tried, len(self.study.sweep), entry, target)
             self._pictures(row, shown.sample.image, target, masks, laid, strip, segment)
             yield row
 
     def _row(self, shown: _Shown, n: int, answer: str, num_seg: int, masks: dict[str, np.ndarray], own: str) -> Row:
         """What is known of question n without its maps and points."""
         sample = shown.sample
-        target, exists = torch.from_numpy(np.asarray(sample.masks[n])), bool(sample.exists[n])
+        target, exists = np.asarray(sample.masks[n]), bool(sample.exists[n])
         counted = {
-            prompt: count(torch.from_numpy(mask), target, shown.number, exists, num_seg > 0 and bool(mask.any()))
+            prompt: count(mask, target, shown.number, exists, num_seg > 0 and bool(mask.any()))
             for prompt, mask in masks.items()
         }
         return Row(
             part=shown.part, image_index=shown.index, question_index=n, image=sample.image_path,
             question=sample.questions[n], answer=answer, exists=exists, num_seg=num_seg,
-            share=counted[own].target / target.numel(), masks=counted, own=own,
+            share=counted[own].target / target.size, masks=counted, own=own,
         )  # fmt: skip
 
     def _draw(self, view: View, texts: torch.Tensor, points: PointPrompts) -> dict[str, Any]:
@@ -355,7 +355,7 @@ class _Looker:
             found = next((drawn for earlier, drawn in known if _same(earlier, points)), None)
             if found is None:
                 texts = {"points": seen.texts[:, None][:, :0], "both": seen.texts[:, None]}
-                masks = {prompt: draw(self.model, view, texts[prompt], points) > 0 for prompt in SWEPT}
+                masks = {prompt: (draw(self.model, view, texts[prompt], points) > 0).cpu().numpy() for prompt in SWEPT}
                 found = _Tried(masks, [_kinds(labels) for labels in points.labels])
                 known.append((points, found))
             tried.append(found)
@@ -443,10 +443,10 @@ def _kinds(labels_K: torch.Tensor) -> tuple[int, int, int]:
     return tuple(int((labels_K == kind).sum()) for kind in (1, 0, -1))
 
 
-def _sweep(row: Row, tried: list[_Tried], settings: int, entry: int | None, target: torch.Tensor) -> None:
+def _sweep(row: Row, tried: list[_Tried], settings: int, entry: int | None, target: np.ndarray) -> None:
     """Counts the masks of a sweep; without a [SEG] all are empty."""
     if entry is None:
-        empty = overlap(torch.zeros_like(target, dtype=torch.bool), target)
+        empty = overlap(np.zeros_like(target), target)
         row.sweep = {prompt: [empty] * settings for prompt in SWEPT}
         row.sweep_points = [(0, 0, 0)] * settings
     else:
