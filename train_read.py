@@ -150,6 +150,7 @@ def dry_run(args: TrainArgs) -> None:
 
     from model import add_lora, memory, set_trainable
     from model.lora import trainable_report
+    from model.packing import takes_masks
 
     print(json.dumps(dataclasses.asdict(args), indent=1))
     config, source = memory.base_config(args.version, args.vision_tower, args.vision_pretrained)
@@ -158,10 +159,13 @@ def dry_run(args: TrainArgs) -> None:
     add_lora(model, **args.lora())
     set_trainable(model, args.train_mask_decoder)
     print(f"\nwhat trains ({source})\n{trainable_report(model)}")
+    shares = args.share_prefix and args.num_classes_per_sample > 1 and takes_masks(args.attn_implementation)
+    tokens = min(args.model_max_length, config.num_patches + memory.TOKENS_BESIDE_IMAGE)
     shape = memory.StepShape(
         pictures=args.batch_size,
         questions=args.batch_size * args.num_classes_per_sample,
-        tokens=min(args.model_max_length, config.num_patches + memory.TOKENS_BESIDE_IMAGE),
+        tokens=tokens,
+        shared=min(tokens, config.num_patches + memory.TOKENS_BEFORE_IMAGE) if shares else 0,
     )
     card = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
     asked = (args.zero_stage, args.offload, args.quantized)
@@ -243,6 +247,7 @@ def open_data(args: TrainArgs) -> tuple[Any, Any]:
 def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCausalLM, READProcessor]:
     """The base with this run's SasP and loss; for training with LoRA on, frozen and freed parts reported."""
     from model import READForCausalLM, READProcessor, add_lora, quantize_language_model, set_trainable
+    from model.packing import takes_masks
 
     model = READForCausalLM.from_pretrained(
         args.version,
@@ -262,6 +267,9 @@ def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCaus
     if args.quantized:
         quantize_language_model(model, args.quantized, world.device)
     model.even_calls = args.zero_stage == 3
+    model.share_prefix = args.share_prefix
+    if args.share_prefix and not takes_masks(args.attn_implementation):
+        log.say(f"--attn_implementation {args.attn_implementation} takes no mask: conversations about a picture share nothing")
     if not args.eval_only:
         add_lora(model, **args.lora())
         set_trainable(model, args.train_mask_decoder)

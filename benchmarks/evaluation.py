@@ -37,13 +37,18 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.random_read import (  # noqa: E402
+    SIZES,
+    random_beginning,
+    random_model,
+    random_views,
+    random_words,
+)
 from benchmarks.stopwatch import MODEL_PARTS, Stopwatch, hardware, watch_model  # noqa: E402
 
 HEAD, REST = "vocabulary head", "rest"
 STAGES = (*MODEL_PARTS, HEAD, REST, "total")
 SCHEDULES = ("original", "together")
-SIZES = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}
-"""LLaMA's width, inner width, layers and heads."""
 
 Answer = list[int]
 
@@ -54,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", default="assets/read-mini-base", metavar="MODEL", help="checkpoint (default: READ-mini's base)"
     )
-    parser.add_argument("--size", choices=tuple(SIZES), help="random weights of this size instead of a checkpoint")
+    parser.add_argument("--size", choices=SIZES, help="random weights of this size instead of a checkpoint")
     parser.add_argument("--dataset_dir", default="data/mini", help="where the pictures are (default: data/mini)")
     parser.add_argument(
         "--data", default="fprefcoco|val", metavar="NAME|SPLIT", help="of which data set (default: fprefcoco|val)"
@@ -179,75 +184,21 @@ def random_pictures(options: argparse.Namespace, model: READForCausalLM, protoco
     """As `pictures`, with noise for pictures of 480 x 640 and random words: 38 before the image, 20 to 30 after it."""
     import torch
 
-    from utils.conversation import IMAGE_TOKEN_INDEX
+    from model.prefix import pad_tails
 
     config, generator = model.config, torch.Generator().manual_seed(0)
-
-    def words(count: int) -> torch.Tensor:
-        return torch.randint(1000, 30000, (count,), generator=generator)
-
     found = []
     for _ in range(options.warmup + options.images):
-        head = torch.cat([words(38), torch.full((config.num_patches,), IMAGE_TOKEN_INDEX), words(1)])
-        tails = [words(20 + i % 11) for i in range(options.expressions)]
+        head = random_beginning(config, generator)
+        tails = [random_words(20 + i % 11, generator) for i in range(options.expressions)]
         if protocol == "forced":
             tails = [torch.cat([tail, torch.tensor([config.seg_token_id, 2])]) for tail in tails]
-        length = len(head) + max(map(len, tails))
-        ids = torch.zeros(len(tails), length, dtype=torch.long)
-        mask = torch.zeros(len(tails), length, dtype=torch.bool)
-        for n, tail in enumerate(tails):
-            row = torch.cat([head, tail])
-            place = slice(0, len(row)) if protocol == "forced" else slice(length - len(row), length)
-            ids[n, place], mask[n, place] = row, True
-        side, square = config.clip_image_size, config.sam.image_size
-        views = {
-            "clip_images": torch.randn(1, 3, side, side, generator=generator),
-            "sam_images": torch.randn(1, 3, square, square, generator=generator),
-            "sam_sizes": [(square * 3 // 4, square)],
-            "original_sizes": [(480, 640)],
-        }
-        found.append(
-            (
-                views,
-                {
-                    "input_ids": ids,
-                    "attention_mask": mask,
-                    "image_of_question": torch.zeros(len(ids), dtype=torch.long),
-                },
-            )
-        )
+        ids, mask = pad_tails([torch.cat([head, tail]) for tail in tails], "right" if protocol == "forced" else "left")
+        questions = {
+            "input_ids": ids, "attention_mask": mask, "image_of_question": torch.zeros(len(ids), dtype=torch.long)
+        }  # fmt: skip
+        found.append((random_views(config, 1, generator), questions))
     return found
-
-
-def random_model(size: str, dtype: torch.dtype, device: torch.device, attention: str) -> READForCausalLM:
-    """READ of a full size with random weights, made where they stay."""
-    import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    from model import READConfig, READForCausalLM, SamConfig
-    from utils.conversation import IMAGE_TOKEN_INDEX
-
-    width, inner, layers, heads = SIZES[size]
-    text = LlamaConfig(
-        vocab_size=32003, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    clip = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14,
-        projection_dim=768,
-    )  # fmt: skip
-    config = READConfig(
-        llava=LlavaConfig(vision_config=clip, text_config=text, image_token_index=IMAGE_TOKEN_INDEX), sam=SamConfig(),
-        seg_token_id=32000, im_start_id=32001, im_end_id=32002,
-    )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = READForCausalLM(config, attn_implementation=attention)
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval().requires_grad_(False).to(device, dtype)
 
 
 # ------------------------------------------------------------------------------------------------ measuring

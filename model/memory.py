@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from . import sam
+from . import sam, sasp
 from .checkpoint import CheckpointError, read_config, read_shapes, resolve_folder, sam_shapes_of, weight_files
 from .config import READConfig, SamConfig
 from .read import READForCausalLM
@@ -28,6 +28,8 @@ RESERVE = 1.5
 """GiB for CUDA's context, its libraries' workspaces and fragmentation."""
 TOKENS_BESIDE_IMAGE = 120
 """System prompt, question and answer of a usual training conversation."""
+TOKENS_BEFORE_IMAGE = 38
+"""Those of them that stand before the image: the system prompt."""
 ANSWER_TOKENS = 30
 SIDE = 640
 """Longest side of the usual picture; mask losses are taken in its pixels."""
@@ -55,6 +57,16 @@ class StepShape:
     questions: int
     tokens: int
     """T, of a conversation, the picture's included."""
+    shared: int = 0
+    """Those of T that the conversations about a picture have in common and pass through the language model once."""
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(rows, tokens of each) of the language model."""
+        if self.shared == 0:
+            return self.questions, self.tokens
+        per_picture = -(-self.questions // self.pictures)
+        return self.pictures, self.shared + per_picture * (self.tokens - self.shared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,12 +186,13 @@ def activation_bytes(model: READForCausalLM, shape: StepShape, checkpointing: bo
     With checkpointing each block keeps its input, and at a time one block is computed again.
     """
     config, device, dtype = model.config, model.device, model.dtype
-    count, length, width = shape.questions, shape.tokens, config.hidden_size
+    count, width = shape.questions, config.hidden_size
+    rows, length = shape.rows
     language_model, head = model.llava.model.language_model, model.llava.lm_head
 
     def language(layers: int) -> Any:
-        states = torch.zeros(count, length, width, device=device, dtype=dtype).requires_grad_()
-        mask = torch.ones(count, 1, length, length, device=device, dtype=torch.bool).tril()
+        states = torch.zeros(rows, length, width, device=device, dtype=dtype).requires_grad_()
+        mask = torch.ones(rows, 1, length, length, device=device, dtype=torch.bool).tril()
         blocks, language_model.layers = language_model.layers, language_model.layers[:layers]
         configured, language_model.config.num_hidden_layers = language_model.config.num_hidden_layers, layers
         try:
@@ -188,22 +201,24 @@ def activation_bytes(model: READForCausalLM, shape: StepShape, checkpointing: bo
             language_model.layers, language_model.config.num_hidden_layers = blocks, configured
 
     def rest() -> Any:
-        states = torch.zeros(count, length, width, device=device, dtype=dtype).requires_grad_()
-        logits = head(states[:, :ANSWER_TOKENS]).float()
+        states = torch.zeros(count, ANSWER_TOKENS, width, device=device, dtype=dtype).requires_grad_()
+        logits = head(states).float()
         kept = [torch.nn.functional.cross_entropy(logits.flatten(0, 1), logits.new_zeros(logits[..., 0].numel()).long())]
+        image_states = torch.zeros(count, config.num_patches, width, device=device, dtype=dtype).requires_grad_()
+        kept.append(sasp.similarity(image_states, states[:, 0]))
         text = model.text_hidden_fcs[0](states[:, 0])[:, None]
         side = config.sam.image_size
         size = (SIDE * 3 // 4, SIDE)
         fitted = (side * 3 // 4, side)
         per_picture = -(-count // shape.pictures)
         for first in range(0, count, per_picture):
-            rows = text[first : first + per_picture]
+            prompts = text[first : first + per_picture]
             embedding = torch.zeros(config.sam.out_dim, config.sam.grid_size, config.sam.grid_size, device=device, dtype=dtype)
             points = labels = None
             if config.sasp.enabled:
-                points = torch.zeros(len(rows), config.sasp.num_points, 2, device=device)
-                labels = torch.ones(len(rows), config.sasp.num_points, device=device, dtype=torch.long)
-            low_res, _ = sam.decode_masks(model.sam, embedding, points, labels, rows)
+                points = torch.zeros(len(prompts), config.sasp.num_points, 2, device=device)
+                labels = torch.ones(len(prompts), config.sasp.num_points, device=device, dtype=torch.long)
+            low_res, _ = sam.decode_masks(model.sam, embedding, points, labels, prompts)
             masks = sam.upscale_logits(low_res, side, fitted, size)
             target = torch.zeros_like(masks)
             kept.append(torch.nn.functional.binary_cross_entropy_with_logits(masks, target))
@@ -215,7 +230,7 @@ def activation_bytes(model: READForCausalLM, shape: StepShape, checkpointing: bo
     one, two = (kept_for_backward(lambda n=n: language(n), model, fused) for n in (1, 2))
     block, ends = two - one, 2 * one - two
     layers = config.llava.text_config.num_hidden_layers
-    block_input = count * length * width * dtype.itemsize
+    block_input = rows * length * width * dtype.itemsize
     inside = layers * block_input + block if checkpointing else layers * block
     return ends + inside + kept_for_backward(rest, model)
 
@@ -247,9 +262,11 @@ def table(
     Args:
         asked: ZeRO stage, offload and bits of the run; its row is marked. card: GiB of the card at hand, if there is one.
     """
+    rows, length = shape.rows
+    packed = f" in {rows} rows of {length}" if shape.shared else ""
     lines = [
         f"memory plan, GiB on each GPU, for {shape.pictures} pictures with {shape.questions} questions of {shape.tokens} "
-        f"tokens a forward pass, {str(model.dtype).removeprefix('torch.')}; {RESERVE} GiB of each total are CUDA's own; "
+        f"tokens{packed} a forward pass, {str(model.dtype).removeprefix('torch.')}; {RESERVE} GiB of each total are CUDA's own; "
         "* as asked for",
         f"{'with gradient checkpointing':<38}{'weights':>8}{'grads':>7}{'optim.':>8}{'activ.':>8}{'SAM':>6}{'total':>8}"
         f"{'card':>6}{'on 8':>8}{'card':>6}{'without':>9}",

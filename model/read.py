@@ -1,6 +1,6 @@
 """READForCausalLM: LLaVA-1.5 reasons, SasP points, SAM draws.
 
-    forward()            teacher-forced, every question on its own: training losses, and masks
+    forward()            teacher-forced: training losses, and masks
     encode_images()      what depends on pictures alone, for any number of questions about them
     segment_answers()    teacher-forced evaluation: masks of given answers
     generate_answers()   the model writes its own answers, with the KV cache, and masks for them
@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from . import checkpoint, llava, losses, sam, sasp
 from .config import READConfig
+from .packing import pack, takes_masks
 from .prefix import CACHE, Prefix, encode_prefix, pad_tails, split_prompts
 from .sam_cache import SamFeatureCache, obstacle
 
@@ -119,6 +120,8 @@ class READForCausalLM(PreTrainedModel):
     _supports_flash_attn = True
     even_calls = False
     """Set where processes split the weights among them: every training forward then calls each part equally often."""
+    share_prefix = True
+    """In training, what conversations about a picture begin with goes through the language model once, where it can."""
 
     def __init__(self, config: READConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config)
@@ -179,6 +182,11 @@ class READForCausalLM(PreTrainedModel):
     ) -> READOutput:
         """Masks of every `[SEG]` in given conversations, and the loss if `labels` (N, T) and `masks` are given.
 
+        With labels, conversations about one picture share their beginning (`share_prefix`, see `model.packing`): loss and
+        gradients are those of each conversation on its own, but for rounding. One thing differs: dropout in LoRA is drawn once
+        for the shared beginning, not anew for each conversation; either way its mean is the same. Without labels every
+        conversation goes through the language model on its own; `segment_answers` gives the same masks at less cost.
+
         Args:
             clip_images: (B, 3, s, s), CLIP's normalised centre crop.
             sam_images: (B, 3, S, S), SAM's normalised, resized and zero-padded square.
@@ -194,7 +202,11 @@ class READForCausalLM(PreTrainedModel):
             ValueError: as many masks as `[SEG]` tokens are needed; every `[SEG]` needs a picture.
         """
         images = self.encode_images(clip_images, sam_images, sam_sizes, original_sizes)
-        hidden = self._hidden_states(images, input_ids, attention_mask, image_of_question, compat)
+        hidden = None
+        if labels is not None and compat == "correct":
+            hidden = self._shared_hidden_states(images, input_ids, attention_mask, image_of_question)
+        if hidden is None:
+            hidden = self._hidden_states(images, input_ids, attention_mask, image_of_question, compat)
         question, position = llava.seg_positions(input_ids, self.config.seg_token_id)
         count = len(question)
         if labels is not None:
@@ -254,6 +266,28 @@ class READForCausalLM(PreTrainedModel):
         return self.llava.model.language_model(
             inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=places, use_cache=False
         ).last_hidden_state
+
+    def _shared_hidden_states(
+        self,
+        images: EncodedImages,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_of_question: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """What `_hidden_states` gives, with a graph, from one row a picture; None where that is impossible or saves nothing."""
+        language_model = self.llava.model.language_model
+        if not (self.share_prefix and takes_masks(language_model.config._attn_implementation)):
+            return None
+        # CUDA's attention copies a mask in every layer whose rows are not aligned.
+        packed = pack(input_ids, attention_mask, image_of_question, 16 if input_ids.is_cuda else 1)
+        if packed is None:
+            return None
+        embeddings = llava.embed_inputs(self.llava, packed.ids, images.features, packed.image)
+        hidden = language_model(
+            inputs_embeds=embeddings, attention_mask=packed.bias(embeddings.dtype), position_ids=packed.places,
+            use_cache=False,
+        ).last_hidden_state  # fmt: skip
+        return packed.unpack(hidden)
 
     # -------------------------------------------------------------------------------------------- evaluation
 

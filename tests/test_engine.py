@@ -28,6 +28,7 @@ from model import (
 )
 from utils import merge_lora as merge
 from utils.args import TrainArgs
+from utils.conversation import IMAGE_TOKEN_INDEX
 from utils.runlog import RunLog, drop_records
 
 pytestmark = needs_ckpt
@@ -374,8 +375,8 @@ def test_plan_counts_what_a_run_holds(through: Path, data: Path, tmp_path: Path,
     assert planned(model, processes=8).optimizer == pytest.approx(plan.optimizer / 8)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_planned_activations_are_those_of_a_training_step(checkpointing: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing, share", [(False, True), (True, True), (True, False)])
+def test_planned_activations_are_those_of_a_training_step(checkpointing: bool, share: bool, tmp_path: Path) -> None:
     """What is counted without memory is what autograd keeps of a real batch of READ-mini, within a fifth."""
     from dataset import build_train
     from dataset.collate import collate
@@ -390,10 +391,14 @@ def test_planned_activations_are_those_of_a_training_step(checkpointing: bool, t
     for model in (real, meta):
         add_lora(model, r=16)
         set_trainable(model)
+    real.share_prefix = share
     if checkpointing:
         real.gradient_checkpointing_enable()
     held = memory.kept_for_backward(lambda: real(**batch.model_inputs()), real)
-    shape = memory.StepShape(pictures=3, questions=len(batch.input_ids), tokens=batch.input_ids.shape[1])
+    shared = int((batch.input_ids[0] == IMAGE_TOKEN_INDEX).nonzero()[-1]) + 1
+    shape = memory.StepShape(
+        pictures=3, questions=len(batch.input_ids), tokens=batch.input_ids.shape[1], shared=shared if share else 0
+    )
     planned = memory.activation_bytes(meta, shape, checkpointing)
     if checkpointing:  # the block that is computed again, which the forward pass alone does not keep
         planned -= memory.activation_bytes(meta, shape, False) // real.config.llava.text_config.num_hidden_layers

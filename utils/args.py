@@ -52,6 +52,10 @@ class TrainArgs:
     load_in_8bit: bool = flag(False, "keep the frozen language model in 8 bits (bitsandbytes): LoRA on a smaller card")
     load_in_4bit: bool = flag(False, "keep the frozen language model in 4 bits (bitsandbytes NF4): on a still smaller one")
     gradient_checkpointing: bool = flag(True, "recompute the language model's activations: slower, much less memory")
+    share_prefix: bool = flag(
+        True, "in training, what conversations about a picture begin with goes through the language model once: same loss and "
+        "gradients at less cost; flash_attention_2 cannot"
+    )  # fmt: skip
     # The original's default is 512, less than the 576 tokens of a picture; its script passes 2048.
     model_max_length: int = flag(2048, "longest training conversation, tokens, the picture's included")
     conv_type: str = flag("llava_v1", "wording of the system prompt (utils/conversation.py)")
