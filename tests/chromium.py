@@ -101,7 +101,14 @@ class Chromium:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
     def open(self, url: str) -> None:
+        """Goes there, and waits until nothing more is loaded for a second: only then does a page of many scripts hear clicks."""
         self.call("Page.navigate", url=url)
+        state = "document.readyState === 'complete' && performance.getEntriesByType('resource').length"
+        loaded, still = 0, 0
+        while still < 5:
+            time.sleep(0.2)
+            before, loaded = loaded, self.wait(state)
+            still = still + 1 if loaded == before else 0
 
     def run(self, expression: str) -> object:
         """The value of a JavaScript expression; promises are awaited."""
@@ -121,12 +128,13 @@ class Chromium:
         return value
 
     def click(self, selector: str) -> None:
-        """A real click in the middle of an element."""
-        self.wait(f"document.querySelector({json.dumps(selector)})")
-        x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
-            " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
-        )
+        """A real click in the middle of an element, once that is where it stays."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.wait(f"{element} && ({element}.scrollIntoView({{block: 'center'}}), true)")
+        middle = f"(b => [b.x + b.width / 2, b.y + b.height / 2])({element}.getBoundingClientRect())"
+        x, y = self.run(middle)
+        while (x, y) != (now := tuple(self.run(f"new Promise(r => setTimeout(r, 100)).then(() => {middle})"))):
+            x, y = now
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

@@ -562,9 +562,8 @@ needs_browser = pytest.mark.skipif(
 def address():
     """The page as a user starts it."""
     server = subprocess.Popen(
-        [sys.executable, "app.py", "--port", "0", "--max_upload_mib", "1", "--max_question", "80"],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "app.py", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         said = server.stdout.readline()
         assert said.startswith("READ is at http://localhost:"), said
@@ -575,7 +574,7 @@ def address():
 
 
 SHOTS = os.environ.get("READ_SHOTS")
-"""A folder in which the visit leaves screenshots."""
+"""A folder in which the visit leaves screenshots; `light` is the README's, but for its margin."""
 
 
 WATCH = """
@@ -594,7 +593,7 @@ def test_a_visit(address: str, tmp_path: Path) -> None:
     scene = world.make_scene(np.random.default_rng(5), "test").image
     Image.fromarray(scene).save(tmp_path / "my scene.png")
     (tmp_path / "torn.png").write_bytes(b"no picture")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)).save(tmp_path / "heavy.png")
+    (tmp_path / "heavy.png").write_bytes(encoded(scene) + bytes(10 * 2**20))
     image = "document.querySelector('.read-stage img')?.src"
     answered = "document.querySelector('.read-stage:not(.busy) figcaption')"
 
@@ -606,13 +605,12 @@ def test_a_visit(address: str, tmp_path: Path) -> None:
     def changed(before: object) -> object:
         return browser.wait(f"{image} && {image} !== {json.dumps(before)} && {image}")
 
-    with Chromium(1240, 900) as browser:
+    with Chromium(1080, 800) as browser:
         browser.scheme("light")
         browser.open(address)
         browser.wait("document.querySelector('.read-zone')")
         shot("empty")
         # Without a picture there is a message, no trace.
-        browser.type("#question textarea", "what?")
         browser.click("#ask")
         browser.wait("document.querySelector('.read-notice')?.innerText.includes('Choose one first')")
 
@@ -627,7 +625,14 @@ def test_a_visit(address: str, tmp_path: Path) -> None:
         assert browser.run("document.querySelectorAll('.read-talk .seg').length") == 1
         assert "object points" in browser.run(f"{answered}.innerText")
         drawn = changed(plain)
+        # Another question about it, and back to the first.
+        browser.click(".read-hints button:nth-of-type(2)")
+        browser.wait(f"{answered} && document.querySelectorAll('.read-talk li').length === 2")
+        drawn = changed(drawn)
         shot("light")
+        browser.click(".read-talk li:last-child .question")
+        browser.wait("document.querySelector('.read-talk li:last-child.shown')")
+        drawn = changed(drawn)
 
         # Layers, one off, one on.
         browser.click("#layers label:nth-of-type(2) input")
@@ -668,16 +673,16 @@ def test_a_visit(address: str, tmp_path: Path) -> None:
         browser.type("#question textarea", "<img src=x onerror=alert(1)> {{value}} ${1+1}")
         browser.click("#ask")
         browser.wait("document.querySelector('.read-talk li.shown .question').innerText.includes('onerror')")
-        browser.wait("document.querySelectorAll('.read-talk li').length === 3 && !document.querySelector('.read-talk .cursor')")
+        browser.wait("document.querySelectorAll('.read-talk li').length === 4 && !document.querySelector('.read-talk .cursor')")
         assert browser.run("document.querySelector('.read-talk li.shown .question').innerText").endswith("{{value}} ${1+1}")
         assert browser.run("document.querySelectorAll('.read-talk img').length") == 0
-        assert browser.run("document.querySelector('#question textarea').maxLength") == 80
+        assert browser.run("document.querySelector('#question textarea').maxLength") == 500
 
         # Files that are none, and one that is too large: a message, and the picture stays.
-        for name, place, words in (("torn", ".read-notice", "cannot be opened"), ("heavy", ".read-zone-said", "at most 1 MiB")):
+        for name, place, words in (("torn", ".read-notice", "cannot be opened"), ("heavy", ".read-zone-said", "at most 10 MiB")):
             browser.choose_file(".read-zone input", tmp_path / f"{name}.png")
             browser.wait(f"document.querySelector('{place}')?.innerText.includes('{words}')")
-            assert browser.run("document.querySelectorAll('.read-talk li').length") == 3
+            assert browser.run("document.querySelectorAll('.read-talk li').length") == 4
         # An upload.
         browser.choose_file(".read-zone input", tmp_path / "my scene.png")
         browser.wait("document.querySelector('.read-stage img')?.alt.includes('my_scene.png')")

@@ -25,10 +25,10 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = (
-    "/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/gradio_api/startup-events",
-    "/gradio_api/info", "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/cancel", "/gradio_api/reset",
+    "/", "/config", "/favicon.ico", "/manifest.json", "/robots.txt", "/theme.css", "/gradio_api/app_id",
+    "/gradio_api/startup-events", "/gradio_api/queue/join", "/gradio_api/queue/data",
 )  # fmt: skip
-OPEN_BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
+OPEN_BELOW = ("/assets/", "/static/", "/gradio_api/heartbeat/")
 JOIN = "/gradio_api/queue/join"
 MAX_BODY = 2**16
 """Bytes of any request but a picture: a question, some settings."""

@@ -51,7 +51,7 @@ def drop_zone(limits: Limits) -> str:
         f'<label class="read-zone" data-bytes="{limits.upload_bytes}">'
         '<input type="file" accept="image/jpeg,image/png,image/webp,image/bmp,image/gif" aria-label="Choose a picture">'
         '<span class="read-zone-icon" aria-hidden="true">&#8593;</span>'
-        f"<span><b>Choose a picture</b>, drop it here, or paste it<small>{size}</small></span>"
+        f"<span><b>Choose a picture</b>, drop or paste it<small>{size}</small></span>"
         '</label><p class="read-zone-said" role="alert"></p>'
     )
 
@@ -93,7 +93,7 @@ def _legend(session: Session, segments: list[visualize.Segment], layers: Collect
     for k, segment in enumerate(segments):
         if "mask" in layers:
             name = f"mask {first + k + 1}" if many else "mask"
-            words = f"{name}: {100 * segment.mask.mean():.1f} % of the picture, score {session.answer.scores[first + k]:.2f}"
+            words = f"{name} {100 * segment.mask.mean():.1f} %, score {session.answer.scores[first + k]:.2f}"
             entries.append(f'<span><i class="square" style="{_tint(first + k)}"></i>{words}</span>')
     if "points" in layers and any(len(segment.labels) for segment in segments):
         for label, kind, colour in ((1, "object", visualize.POSITIVE), (0, "background", visualize.NEGATIVE)):
