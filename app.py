@@ -12,7 +12,9 @@ fetches nothing from elsewhere. It is in `utils/page/`; Gradio, which it stands 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -173,7 +175,7 @@ def sweep(*shelves: Any, every_s: float = 15.0) -> None:
 
 
 def serve(app: Any, listener: socket.socket, host: str) -> None:
-    """Serves until Ctrl-C."""
+    """Serves until Ctrl-C, or until it is terminated."""
     import uvicorn
 
     port = listener.getsockname()[1]
@@ -181,7 +183,9 @@ def serve(app: Any, listener: socket.socket, host: str) -> None:
     print(f"READ is at http://{f'[{where}]' if ':' in where else where}:{port}/ (Ctrl-C ends it)", flush=True)
     if host not in LOOPBACK:
         print("Everybody who can reach this address can ask, and there is no password.", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run(sockets=[listener])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way the temporary folder goes
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is closed
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

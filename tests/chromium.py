@@ -144,6 +144,11 @@ class Chromium:
         self.run(f"document.querySelector({json.dumps(selector)}).select()")
         self.call("Input.insertText", text=text)
 
+    def press_enter(self) -> None:
+        """In whatever has the focus."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+
     def choose_file(self, selector: str, path: Path) -> None:
         """Puts a file into an `<input type=file>`."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]

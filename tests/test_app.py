@@ -559,18 +559,21 @@ needs_browser = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def address():
-    """The page as a user starts it."""
+def address(tmp_path_factory: pytest.TempPathFactory):
+    """The page as a user starts it. It leaves nothing behind."""
+    temporary = tmp_path_factory.mktemp("temporary")
     server = subprocess.Popen(
-        [sys.executable, "app.py", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "app.py", "--port", "0"],
+        cwd=ROOT, env={**os.environ, "TMPDIR": str(temporary)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
         said = server.stdout.readline()
         assert said.startswith("READ is at http://localhost:"), said
         yield said.split()[3]
     finally:
         server.terminate()
-        server.wait(timeout=20)
+        code = server.wait(timeout=30)
+    assert code == 0 and not list(temporary.glob("read-app-*"))
 
 
 SHOTS = os.environ.get("READ_SHOTS")
@@ -688,7 +691,7 @@ def test_a_visit(address: str, tmp_path: Path) -> None:
         browser.wait("document.querySelector('.read-stage img')?.alt.includes('my_scene.png')")
         assert browser.run("document.querySelectorAll('.read-talk li').length") == 0
         browser.type("#question textarea", "the green trousers")
-        browser.click("#ask")
+        browser.press_enter()
         browser.wait(answered)
         assert browser.run("document.querySelector('.read-files a').download") == "my_scene_mask.png"
 

@@ -114,8 +114,8 @@ def _place(desk: Desk, examples: Sequence[Example], model: str) -> SimpleNamespa
                 parts.files = gr.HTML("", **plain)
         with gr.Column(scale=2, min_width=300):
             parts.question = gr.Textbox(
-                label="Question", placeholder="Which of these can carry my books?", lines=2, max_lines=4,
-                max_length=desk.limits.question, elem_id="question", **bare,
+                label="Question", placeholder="Which of these can carry my books?", elem_id="question",
+                lines=1, max_lines=4, max_length=desk.limits.question, **bare,  # with one line, Enter asks
             )  # fmt: skip
             with gr.Row(elem_classes="read-ask"):
                 parts.follow_up = gr.Checkbox(
