@@ -1,4 +1,7 @@
-"""LoRA on the language model, and the one place that decides what trains (protocol §3)."""
+"""LoRA on the language model, and the one place that decides what trains (protocol §3).
+
+PEFT is imported where it is used: with what it draws in, it takes longer to import than all the rest, and answers need none.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from .read import READForCausalLM
@@ -28,6 +29,8 @@ def add_lora(
     r = 0 leaves it as it is: then the language model trains in full.
     """
     if r > 0:
+        from peft import LoraConfig, inject_adapter_in_model
+
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), bias="none")
         inject_adapter_in_model(config, model.llava.model.language_model)
     return model
@@ -91,6 +94,8 @@ def merge_lora(model: READForCausalLM) -> READForCausalLM:
     Raises:
         ValueError: the model has no LoRA layers (merged already, or never had any).
     """
+    from peft.tuners.lora import LoraLayer
+
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("nothing to merge: this model has no LoRA layers")
@@ -120,6 +125,8 @@ def save_adapter(
         base: what the adapter belongs to, written into its config.
         r, alpha, dropout, target_modules: as `add_lora` was given them.
     """
+    from peft import LoraConfig
+
     whole = sorted({next(part for part in WHOLE if name.startswith(f"{part}.")) for name in trained if "lora_" not in name})
     config = LoraConfig(
         r=r,

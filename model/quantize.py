@@ -8,7 +8,6 @@ CPUs too, so that tests reach this path. Only the linear layers inside the trans
 from __future__ import annotations
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from .read import READForCausalLM
@@ -37,6 +36,7 @@ def quantize_language_model(model: READForCausalLM, bits: int, device: torch.dev
 def dequantize_language_model(model: READForCausalLM) -> READForCausalLM:
     """Undoes the conversion, but for its rounding, in place: what LoRA was trained on, as plain layers. Returns the model."""
     import bitsandbytes
+    from peft.utils.integrations import dequantize_module_weight
 
     language_model = model.llava.model.language_model
     for parent, name, linear in _linears(language_model, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
