@@ -1,4 +1,4 @@
-"""What `test_read.py` and `demo.py` have in common on the command line: which model, how it is loaded, how errors read.
+"""What `test_read.py`, `demo.py` and `app.py` have in common on the command line: which model, how it is loaded, how errors read.
 
 Nothing heavy is imported here, so that `--help` is quick.
 """

@@ -39,9 +39,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 """What is opened. Other decoders of PIL and OpenCV are seldom used and seldom tested, so nobody gets to feed them."""
 MAX_SIDE = 16384
 """Pixels. SasP's interpolation matrices grow with the longest side, so the number of pixels alone is no bound."""
-
-
 LEFT_S = 60.0
+"""How long a picture is kept after its page was left."""
 STOPPED = "Stopped."
 
 
@@ -91,25 +90,22 @@ def open_picture(data: bytes, limits: Limits) -> np.ndarray:
     if len(data) > limits.upload_bytes:
         raise Refused(f"This file has {len(data) / 2**20:.1f} MiB; at most {limits.upload_bytes / 2**20:.0f} MiB are taken.")
     known = ", ".join(FORMATS[:-1]) + f" or {FORMATS[-1]}"
+    most = f"at most {limits.pixels / 1e6:.3g} million are taken, {MAX_SIDE} a side. Make it smaller, and send it again."
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             width, height = header.size
     except Image.DecompressionBombError:
-        width = height = MAX_SIDE + 1
+        raise Refused(f"This picture has far too many pixels; {most}") from None
     except Exception as error:  # a decoder raises whatever it stumbles over, and that is for the log
         logger.info("refused a picture: %r", error)
         raise Refused(f"This file cannot be opened as a picture. Send a {known} file that is whole.") from None
     if width * height > limits.pixels or max(width, height) > MAX_SIDE:
-        size = "more than can be counted" if max(width, height) == MAX_SIDE + 1 else f"{width} x {height}"
-        raise Refused(
-            f"This picture has {size} pixels; at most {limits.pixels / 1e6:.3g} million are taken, {MAX_SIDE} a side. "
-            "Make it smaller, and send it again."
-        )
+        raise Refused(f"This picture has {width} x {height} pixels; {most}")
     try:
         picture = decode_image(data, "This picture")
     except ValueError as error:
         raise Refused(one_line(error)) from None
-    if picture.shape[0] * picture.shape[1] > limits.pixels:  # the two decoders do not agree on a crafted file
+    if picture.shape[0] * picture.shape[1] > limits.pixels or max(picture.shape) > MAX_SIDE:  # the two decoders do not agree on a crafted file
         raise Refused("This picture is not what its header says. Send another.")
     return picture
 
