@@ -1,7 +1,7 @@
 """How much host memory loading a checkpoint takes, and how long: ours against reading all of it into a model that exists.
 
     python benchmarks/loading.py --layers 4                             1.8 billion parameters, quick
-    python benchmarks/loading.py --out benchmarks/results/loading.json  READ-7B's shapes: 15 GB on disk, as much memory
+    python benchmarks/loading.py --out benchmarks/results/loading_cpu.json  READ-7B's shapes: 15 GB on disk, as much memory
 
 Random bf16 weights are written in the released layout, in shards of 2 GB, into --folder (kept: the second time takes no time),
 then loaded in fresh processes:
