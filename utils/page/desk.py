@@ -105,7 +105,8 @@ def open_picture(data: bytes, limits: Limits) -> np.ndarray:
         picture = decode_image(data, "This picture")
     except ValueError as error:
         raise Refused(one_line(error)) from None
-    if picture.shape[0] * picture.shape[1] > limits.pixels or max(picture.shape) > MAX_SIDE:  # the two decoders do not agree on a crafted file
+    # The two decoders may disagree about a crafted file.
+    if picture.shape[0] * picture.shape[1] > limits.pixels or max(picture.shape) > MAX_SIDE:
         raise Refused("This picture is not what its header says. Send another.")
     return picture
 
