@@ -22,6 +22,9 @@ BASE := assets/read-mini-base
 PICTURE ?= $(DATA)/reason_seg/ReasonSeg/val/mini_val_0012.jpg
 QUESTION ?= Which white footwear belongs on a tennis court?
 
+# Processes that run tests, a file each at a time.
+JOBS ?= 2
+
 export PATH := $(abspath $(BIN)):$(PATH)
 ifeq ($(shell nvidia-smi -L 2>/dev/null | head -n 1),)
 export DS_ACCELERATOR ?= cpu
@@ -51,7 +54,7 @@ app: setup-app
 	python app.py $(ARGS)
 
 test: setup-app
-	OMP_NUM_THREADS=1 python -m pytest -q
+	OMP_NUM_THREADS=1 python -m pytest -q -n $(JOBS) --dist loadfile
 
 lint: setup
 	ruff check .

@@ -10,7 +10,8 @@ then loaded in fresh processes:
     usual   a model with weights of its own, then a dict of all shards copied into it: what `load_state_dict` is used for most
 
 `peak` is the greatest resident memory (VmHWM) less that of the process before loading, as a multiple of the bytes on disk;
-pages of mapped files count as long as they are resident. `private` is what no file stands behind (RssAnon, sampled), and so
+pages of mapped files count as long as they are resident, and the system drops them where memory is short, so that it may be
+below 1. `private` is what no file stands behind (RssAnon, sampled), and so
 what the machine must really have. Target: a peak of at most 1.15.
 """
 
