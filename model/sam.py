@@ -1,4 +1,4 @@
-"""SAM of the `segment-anything` package, unmodified: built from a config, its encoder, and its decoder prompted READ's way.
+"""SAM of the `segment-anything` package: built from a config, its encoder's attention made fast, its decoder prompted READ's way.
 
 READ appends the projected `[SEG]` embedding to the sparse prompt embeddings (protocol §4, step 8 and last paragraph).
 Legend: n masks of one picture · K points · C = 256 channels · S side of SAM's padded square · hw decoder grid.
@@ -16,11 +16,16 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from utils.image import SAM_PIXEL_MEAN, SAM_PIXEL_STD
 
 from .config import SamConfig
+from .sam_attention import use_fast_attention
 
 
-def build_sam(config: SamConfig) -> Sam:
-    """A SAM with random weights. The package's own builders fix the sizes to ViT-B/L/H, hence the parts by hand."""
-    return Sam(
+def build_sam(config: SamConfig, fast_attention: bool = True) -> Sam:
+    """A SAM with random weights. The package's own builders fix the sizes to ViT-B/L/H, hence the parts by hand.
+
+    `fast_attention` False leaves the image encoder as the package has it, for comparison; `use_package_attention` of
+    `model.sam_attention` does so later on.
+    """
+    sam = Sam(
         image_encoder=ImageEncoderViT(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -51,6 +56,9 @@ def build_sam(config: SamConfig) -> Sam:
         pixel_mean=list(SAM_PIXEL_MEAN),
         pixel_std=list(SAM_PIXEL_STD),
     )
+    if fast_attention:
+        use_fast_attention(sam.image_encoder)
+    return sam
 
 
 def infer_sam_config(shapes: dict[str, tuple[int, ...]]) -> SamConfig:

@@ -29,6 +29,8 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+from .sam_attention import arithmetic
+
 log = logging.getLogger(__name__)
 
 VERSIONS = {"torch": torch.__version__, "segment-anything": version("segment-anything")}
@@ -76,7 +78,7 @@ class SamFeatureCache:
         return torch.stack([self._features(encoder, image, folder) for image in images_B3SS])
 
     def fingerprint(self, encoder: nn.Module) -> str:
-        """Name of an encoder: changes with weights, dtype, versions, and the kind of processor and arithmetic.
+        """Name of an encoder: changes with weights, dtype, versions, code, and the kind of processor and arithmetic.
 
         Sizes that are in no shape (heads, windows) follow from those that are, see `infer_sam_config`.
         """
@@ -85,6 +87,7 @@ class SamFeatureCache:
         settings = {
             "weights": self._hash_of_weights(encoder),
             "versions": VERSIONS,
+            "blocks": arithmetic(encoder),
             "processor": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
             "float32": _float32_arithmetic(),
             "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
