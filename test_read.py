@@ -56,7 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=positive, default=16, help="expressions that go through the model together (default: 16)")
     parser.add_argument("--workers", type=int, help="processes that read pictures ahead (default: by the number of cores)")
     parser.add_argument("--limit", type=positive, help="only the first pictures of each data set; the result says so")
-    parser.add_argument("--out", type=Path, default=Path("runs/test"), help="folder of results.json and predictions")
+    parser.add_argument(
+        "--out", type=Path,
+        help="folder of results.json and predictions (default: one for each model and settings, runs/eval/MODEL-...)",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="throw away what --out holds of these data sets")
     parser.add_argument(
         "--strict", action="store_true",
@@ -89,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
             print(compare_folders(*options.compare, html=options.compare[1] / "compare.html"))
             return 0
         if options.cmd == "metrics":
+            if not (options.predictions or options.out):
+                raise ValueError("--cmd metrics needs --predictions, files or folders")
             print(metrics(options.predictions or [options.out], options.protocol))
             return 0
         options.protocol = options.protocol or "forced"
@@ -131,6 +136,7 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
     if options.cache_dir:
         model.cache_sam_features(options.cache_dir)
     settings = settings_of(options, model)
+    options.out = options.out or Path("runs/eval") / f"{Path(options.version).resolve().name}-{name_of(settings)}"
     results = []
     for (name, split), file, samples in zip(pairs, files, data, strict=True):
         whole, about = len(samples), {"dataset": name, "split": split, "data": data_name(samples)}
@@ -203,7 +209,12 @@ def reading_processes() -> int:
 
 def data_name(samples: Any) -> str:
     """A name for what a data set asks about which picture: other data have another."""
-    return hashlib.blake2b("\n".join(samples.places()).encode(), digest_size=8).hexdigest()
+    return name_of(samples.places())
+
+
+def name_of(value: Any) -> str:
+    """A short name for a JSON value: others have others."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def settings_of(options: argparse.Namespace, model: READForCausalLM) -> dict[str, Any]:

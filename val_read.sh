@@ -4,10 +4,10 @@
 #   bash val_read.sh MODEL [flags of test_read.py]
 #   bash val_read.sh runs/mini/merged --data "ReasonSeg|test" "refcoco|testA"
 #
-# The last --data counts. Writes results.json and predictions into --out.
+# The last --data counts. Writes results.json and predictions into --out, by default a folder for each model and settings.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 model=${1:?usage: bash val_read.sh MODEL [flags]}
 
-python test_read.py --version "$model" --protocol forced --data "ReasonSeg|val" "refcoco|val" --out runs/val "${@:2}"
+python test_read.py --version "$model" --protocol forced --data "ReasonSeg|val" "refcoco|val" "${@:2}"
