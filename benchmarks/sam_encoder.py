@@ -62,9 +62,7 @@ REL_POS = 0.1
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--size", nargs="+", choices=tuple(SIZES), default=["vit_b"], help="of the encoder, one or several (default: vit_b)"
-    )
+    parser.add_argument("--size", choices=tuple(SIZES), default="vit_b", help="of the encoder (default: vit_b)")
     parser.add_argument(
         "--precision", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: fp32 and bf16 on a GPU, fp32 without"
     )
@@ -198,8 +196,8 @@ def count_flops(config: SamConfig) -> tuple[int, int]:
     return counter.get_total_flops(), counter.get_total_flops() - windows * padding * 2 * 4 * config.embed_dim**2
 
 
-def measure_size(size: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """What one encoder takes in all precisions and batch sizes.
+def measure_all(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """What the encoder takes in all precisions and batch sizes.
 
     Raises:
         ValueError: numbers of passes or pictures below 1.
@@ -214,7 +212,7 @@ def measure_size(size: str, device: torch.device, options: argparse.Namespace) -
     batches = options.batch_size or ([1, 8] if on_gpu else [1])
     if min(options.repeats, options.warmup, *batches) < 1:
         raise ValueError("--repeats, --warmup and --batch_size must be 1 or more")
-    config = SamConfig(**SIZES[size])
+    config = SamConfig(**SIZES[options.size])
     flops, needed = count_flops(config)
     encoder = random_encoder(config, device)
     generator = torch.Generator().manual_seed(0)
@@ -224,11 +222,10 @@ def measure_size(size: str, device: torch.device, options: argparse.Namespace) -
     for precision in precisions:
         typed = copy.deepcopy(encoder).to(torch_dtype(precision))
         for batch in batches:
-            print(f"{size}, {precision}, {batch} at a time", file=sys.stderr)
+            print(f"{options.size}, {precision}, {batch} at a time", file=sys.stderr)
             results.append(measure(typed, images[:batch].to(typed.pos_embed.dtype), exact, options))
     add_floors(results, needed, options.peak_tflops)
     return {
-        "size": size,
         "image_size": config.image_size,
         "tflop_a_picture": {"package": flops / 1e12, "without padding": needed / 1e12},
         "results": results,
@@ -354,23 +351,23 @@ def main(argv: list[str] | None = None) -> None:
     device = distributed.start(engine=False).device
     with plain_errors("sam_encoder"), torch.no_grad():
         machine = hardware(device)
-        found = [measure_size(size, device, options) for size in options.size]
-    print(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, load {machine['load']}, random weights")
-    for one in found:
-        flops = one["tflop_a_picture"]
-        print(f"\nSAM {one['size']}, {one['image_size']} px: a picture takes {flops['package']:.3g} TFLOP in the package, "
-              f"{flops['without padding']:.3g} without padding")  # fmt: skip
-        for result in one["results"]:
-            print("\n" + table(result))
+        found = measure_all(device, options)
+    flops = found["tflop_a_picture"]
+    print(f"SAM {options.size}, random weights, {found['image_size']} px; a picture takes {flops['package']:.3g} TFLOP in the "
+          f"package, {flops['without padding']:.3g} without padding; {machine['gpu'] or machine['cpu']}, "
+          f"{machine['threads']} threads, load {machine['load']}")  # fmt: skip
+    for result in found["results"]:
+        print("\n" + table(result))
     if options.out is not None:
         record = {
             "date": datetime.date.today().isoformat(),
             "command": shlex.join(["python", "benchmarks/sam_encoder.py", *(sys.argv[1:] if argv is None else argv)]),
             "hardware": machine,
             "versions": {"python": platform.python_version(), **package_versions()},
+            "size": options.size,
             "repeats": options.repeats,
             "peak_tflops": options.peak_tflops,
-            "encoders": found,
+            **found,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(_rounded(record), indent=1) + "\n")
