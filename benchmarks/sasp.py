@@ -87,7 +87,7 @@ def measure(size: tuple[int, int], options: argparse.Namespace, device: torch.de
     """Seconds of both for one picture size, one mask and a batch, and how far the points lie apart."""
     import torch
 
-    from model.sasp import select_points
+    from model import SaspConfig, select_points
 
     watch = Stopwatch(device)
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def measure(size: tuple[int, int], options: argparse.Namespace, device: torch.de
         return watch.now() - begin, result
 
     def ours(values: torch.Tensor) -> Any:
-        return select_points(values, size, num_points=options.points)
+        return select_points(values, size, SaspConfig(num_points=options.points))
 
     first, found = timed(ours, maps[:1])
     times: dict[str, list[float]] = {"original": [], "ours": [], "ours, batch": []}

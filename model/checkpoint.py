@@ -4,7 +4,8 @@ On disk every READ uses the released names (`model.layers.…`, `model.visual_mo
 modules today. Two kinds of folder differ only in what lies beside the weights:
 
     read      ours: complete (CLIP tower included), safetensors, our `config.json`, tokenizer and processor
-    released  the original's: without the CLIP tower, a `config.json` of LLaVA's fields; also SESAME and LLaVA-1.5 bases
+    released  the original's: without the CLIP tower, a `config.json` of LLaVA's fields; also SESAME and LLaVA-1.5 bases, and
+              LISA, whose LLaVA-1 has a CLIP of 224 pixels and a single layer as its projector
 
 Nothing is loaded on trust: every key that is missing, unexpected or of another shape is listed in one error. A part may be
 newly initialised only where a base cannot have it, decided from the missing keys, and it is logged.
@@ -31,7 +32,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from utils.conversation import IMAGE_TOKEN_INDEX
 from utils.tokenizer import add_read_tokens, load_tokenizer
 
-from .config import READConfig, SamConfig
+from .config import READConfig, SamConfig, SaspConfig
 from .presets import get_preset
 from .sam import infer_sam_config
 
@@ -49,6 +50,7 @@ KEY_MAP = {
     "lm_head.": "llava.lm_head.",
     "model.mm_projector.0.": "llava.model.multi_modal_projector.linear_1.",
     "model.mm_projector.2.": "llava.model.multi_modal_projector.linear_2.",
+    "model.mm_projector.": "llava.model.multi_modal_projector.",  # LLaVA-1's single layer
     "model.visual_model.": "sam.",
     "model.text_hidden_fcs.": "text_hidden_fcs.",
     VISION_TOWER: "llava.model.vision_tower.",
@@ -59,6 +61,9 @@ UNREADABLE = (OSError, RuntimeError, EOFError, SafetensorError, pickle.Unpicklin
 """What torch and safetensors raise for a file that is damaged or something else (a pointer of Git LFS, say)."""
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 """Tensors of old checkpoints that are computed today."""
+
+WITHOUT_POINTS = ("LISAForCausalLM", "SESAMEForCausalLM")
+"""Published models that prompt SAM with the [SEG] state alone, by the name in their `config.json`."""
 
 CLIP_OTHER = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)")
 """What a full CLIP has beside its vision tower."""
@@ -267,9 +272,14 @@ def read_config(
         vision_feature_layer=fields.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="default",
     )
+    trained_as = (fields.get("architectures") or ["?"])[0]
+    if trained_as in WITHOUT_POINTS:
+        log.info("SasP is off: %s was trained without points (--sasp turns it on)", trained_as.removesuffix("ForCausalLM"))
     return READConfig(
         llava=llava,
         sam=infer_sam_config(sam_shapes),
+        sasp=SaspConfig(enabled=trained_as not in WITHOUT_POINTS),
+        projector="linear" if "model.mm_projector.weight" in shapes else "mlp2x_gelu",
         seg_token_id=seg,
         im_start_id=im_start,
         im_end_id=im_end,
@@ -496,7 +506,7 @@ def released_config(config: READConfig) -> dict[str, Any]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "hidden_act", "max_position_embeddings", "rms_norm_eps", "initializer_range", "vocab_size")  # fmt: skip
     return {
-        "architectures": ["READForCausalLM"],
+        "architectures": ["READForCausalLM" if config.sasp.enabled else "SESAMEForCausalLM"],  # all it can say of SasP
         "model_type": "llava",
         **{name: getattr(text, name) for name in names},
         "bos_token_id": 1,
@@ -507,7 +517,7 @@ def released_config(config: READConfig) -> dict[str, Any]:
         "vision_tower": config.vision_tower,
         "mm_vision_tower": config.vision_tower,
         "mm_hidden_size": config.llava.vision_config.hidden_size,
-        "mm_projector_type": "mlp2x_gelu",
+        "mm_projector_type": config.projector,
         "mm_use_im_start_end": True,
         "mm_use_im_patch_token": False,
         "mm_vision_select_layer": config.llava.vision_feature_layer,

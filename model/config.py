@@ -92,6 +92,10 @@ def _part(value: Any, kind: type) -> Any:
     return value if isinstance(value, kind) else kind(**(value or {}))
 
 
+PROJECTORS = ("mlp2x_gelu", "linear")
+"""What leads CLIP's features into the language model: LLaVA-1.5's two layers, or the one of LLaVA-1, on which LISA was built."""
+
+
 class READConfig(PretrainedConfig):
     """Everything `READForCausalLM` is built from.
 
@@ -113,8 +117,11 @@ class READConfig(PretrainedConfig):
         im_end_id: int | None = None,
         vision_tower: str | None = None,
         conv_type: str = "llava_v1",
+        projector: str = "mlp2x_gelu",
         **kwargs: Any,
     ) -> None:
+        if projector not in PROJECTORS:
+            raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}, found {projector!r}")
         self.llava = LlavaConfig(**llava) if isinstance(llava, dict) else (llava or LlavaConfig())
         self.sam = _part(sam, SamConfig)
         self.sasp = _part(sasp, SaspConfig)
@@ -124,6 +131,7 @@ class READConfig(PretrainedConfig):
         self.im_end_id = im_end_id
         self.vision_tower = vision_tower
         self.conv_type = conv_type
+        self.projector = projector
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 

@@ -1,4 +1,4 @@
-"""Thin adapter on transformers' LLaVA-1.5: image tokens in, last hidden states out, and which state is `[SEG]`'s.
+"""Thin adapter on transformers' LLaVA: image tokens in, last hidden states out, and which state is `[SEG]`'s.
 
 Legend: B pictures · N questions · T tokens (image tokens expanded) · P image tokens a picture · D hidden width.
 """
@@ -9,14 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from utils.conversation import IMAGE_TOKEN_INDEX
 
 
-def build_llava(config: LlavaConfig, attn_implementation: str | None = None) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5 with random weights; `attn_implementation` is eager, sdpa or flash_attention_2."""
-    return LlavaForConditionalGeneration._from_config(config, attn_implementation=attn_implementation)
+def build_llava(
+    config: LlavaConfig, attn_implementation: str | None = None, projector: str = "mlp2x_gelu"
+) -> LlavaForConditionalGeneration:
+    """LLaVA with random weights; `attn_implementation` is eager, sdpa or flash_attention_2.
+
+    `projector` is one of `config.PROJECTORS`; transformers knows LLaVA-1.5's alone, so `linear` puts LLaVA-1's in its place.
+    """
+    llava = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn_implementation)
+    if projector == "linear":
+        widths = config.vision_config.hidden_size, config.text_config.hidden_size
+        llava.model.multi_modal_projector = nn.Linear(*widths, dtype=llava.dtype)
+    return llava
 
 
 def image_features(llava: LlavaForConditionalGeneration, clip_images_B3ss: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,13 @@ PRESETS: dict[str, Preset] = {
                    "sample_rates": "12,2,2,1"},
         ),  # fmt: skip
         Preset(
+            "lisa",
+            "LISA-7B or -13B (LLaVA-1: CLIP at 224 pixels, 256 image tokens): the [SEG] token alone prompts SAM. Recognised "
+            "without the preset too; as a base of READ take a read preset with LISA's folder as --version.",
+            sasp=SaspConfig(enabled=False),
+            train={"version": "xinlai/LISA-7B-v1"},
+        ),
+        Preset(
             "mini",
             "READ-mini, the embedded default: small enough to fine-tune in minutes on two cores. 12 x 12 image tokens, so "
             "points are chosen without down-sampling, and fewer of them; geometry is exact, since no published number "

@@ -126,7 +126,7 @@ class READForCausalLM(PreTrainedModel):
     def __init__(self, config: READConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         width = config.hidden_size
-        self.llava = llava.build_llava(config.llava, attn_implementation)
+        self.llava = llava.build_llava(config.llava, attn_implementation, config.projector)
         self.sam = sam.build_sam(config.sam)
         self.text_hidden_fcs = nn.ModuleList(
             [nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.sam.out_dim), nn.Dropout(0.0))]
@@ -135,7 +135,7 @@ class READForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> READForCausalLM:
-        """A model in evaluation mode from a folder or hub id, of ours or in the released layout of READ, SESAME, LLaVA.
+        """A model in evaluation mode from a folder or hub id, of ours or in the released layout of READ, SESAME, LISA, LLaVA.
 
         See `model.checkpoint.load` for the keyword arguments and the errors.
         """
@@ -552,14 +552,7 @@ class READForCausalLM(PreTrainedModel):
         config = self.config.sasp
         if config.enabled:
             prompts = sasp.select_points(
-                similarity,
-                original_size,
-                num_points=config.num_points,
-                t_pos=config.t_pos,
-                t_neg=config.t_neg,
-                down_sample=config.down_sample,
-                geometry=config.geometry,
-                clip_image_size=self.config.clip_image_size,
+                similarity, original_size, config, clip_image_size=self.config.clip_image_size
             )
             place, kind = sam.to_sam_frame(prompts.points, sam_size, original_size), prompts.labels
         else:

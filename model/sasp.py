@@ -19,6 +19,8 @@ import torch.nn.functional as F
 
 from utils.image import SLIM
 
+from .config import SaspConfig
+
 POSITIVE, NEGATIVE, NEUTRAL = 1, 0, -1
 
 REFINE_RADIUS = 5
@@ -48,12 +50,8 @@ def similarity(image_states_MPD: torch.Tensor, seg_state_MD: torch.Tensor) -> to
 def select_points(
     similarity_MP: torch.Tensor,
     image_size: tuple[int, int],
+    config: SaspConfig = SaspConfig(),
     *,
-    num_points: int = 30,
-    t_pos: float = 0.8,
-    t_neg: float = 0.2,
-    down_sample: int = 2,
-    geometry: str = "released",
     clip_image_size: int = 336,
 ) -> PointPrompts:
     """Points and labels of M similarity maps over one picture of `image_size` = (H, W) (§4-2 to §4-6).
@@ -62,11 +60,18 @@ def select_points(
     label 0), then the rest in raster order (label -1); the first `num_points` are kept, fewer if the grid has fewer
     cells. Equal values keep raster order. A map without contrast (constant, or with a value that is not finite) says
     nothing about place: all its points are neutral, so the `[SEG]` embedding alone decides.
+
+    `config.enabled` is the caller's business. Image tokens are taken to cover CLIP's view of the picture: the centre
+    square, `clip_image_size` pixels wide once the picture is resized.
+
+    Raises:
+        ValueError: P is no square number.
     """
+    t_pos, t_neg, geometry = config.t_pos, config.t_neg, config.geometry
     grid = math.isqrt(similarity_MP.shape[1])
     if grid * grid != similarity_MP.shape[1]:
         raise ValueError(f"SasP needs a square token grid, found {similarity_MP.shape[1]} tokens")
-    coarse = max(grid // down_sample, 1)
+    coarse = max(grid // config.down_sample, 1)
     values = _resize(similarity_MP.detach().float(), grid, coarse)
     values = torch.where(_has_contrast(values), _minmax(values), (t_pos + t_neg) / 2)
 
@@ -76,7 +81,7 @@ def select_points(
     positive, negative = values >= t_pos, values <= t_neg
     # One ascending key: foreground in [-1, -t_pos], background in [0, t_neg], neutral 2 (a stable sort keeps raster order).
     key = torch.where(positive, -values, torch.where(negative, values, 2.0))
-    chosen = key.argsort(dim=1, stable=True)[:, :num_points]
+    chosen = key.argsort(dim=1, stable=True)[:, : config.num_points]
     label = torch.where(positive, POSITIVE, torch.where(negative, NEGATIVE, NEUTRAL)).gather(1, chosen)
     pixels = torch.stack([x[chosen], y[chosen]], dim=-1)
     points = refine_points(pixels, similarity_MP, image_size, clip_image_size=clip_image_size, geometry=geometry)

@@ -27,7 +27,7 @@ from dataset.collate import collate
 from dataset.reason_seg import FAR, ReasonTraining, draw_mask, read_annotation
 from dataset.refer_api import Refer, draw_segmentation
 from dataset.types import Sample
-from model import READForCausalLM, READProcessor, losses, select_points
+from model import READForCausalLM, READProcessor, SaspConfig, losses, select_points
 from model.losses import mask_on_token_grid
 from model.sasp import fine_map_matrices
 from utils.image import SLIM, image_views, read_image
@@ -231,7 +231,7 @@ def test_sasp_of_a_slim_picture_is_that_of_the_padded_map(monkeypatch, size):
         monkeypatch.setattr(sasp, "SLIM", slim)
         sasp._fine_map_matrices.cache_clear()
         rows, columns = fine_map_matrices(size, 24, 336, "released", values.device)
-        found.append((rows, columns, select_points(values, size, num_points=20).points))
+        found.append((rows, columns, select_points(values, size, SaspConfig(num_points=20)).points))
     sasp._fine_map_matrices.cache_clear()
     for ours, padded in zip(*found, strict=True):
         assert (ours - padded).abs().max() < 2e-3

@@ -37,11 +37,11 @@ def test_the_rule_of_the_original_and_ours_agree():
     import torch
 
     from benchmarks.sasp import original_points
-    from model import select_points
+    from model import SaspConfig, select_points
 
     values = torch.nn.functional.interpolate(
         torch.randn(1, 1, 6, 6, generator=torch.Generator().manual_seed(0)), (24, 24), mode="bicubic"
     ).flatten(1)
-    found = select_points(values, (120, 200), num_points=30)
+    found = select_points(values, (120, 200), SaspConfig(num_points=30))
     assert (original_points(values[0], found.cells[0], (120, 200)) - found.points[0]).abs().max() < 1e-3
 

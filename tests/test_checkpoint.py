@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -10,8 +11,9 @@ from golden_dir import golden_dirs
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from model import READConfig, READForCausalLM, READProcessor, SamConfig, add_lora
+from model import READConfig, READForCausalLM, READPredictor, READProcessor, SamConfig, SaspConfig, add_lora
 from model.checkpoint import DERIVED, VISION_TOWER, CheckpointError, to_disk_key, to_module_key
+from model.llava import image_features
 from model.sam import infer_sam_config
 
 GOLDEN = [f for f in golden_dirs() if (f / "ckpt/read_tiny/config.json").is_file()]
@@ -33,24 +35,49 @@ def key_lists(names):
 
 @pytest.mark.parametrize("file", key_lists(SIZES), ids=lambda f: f.stem)
 def test_full_size_keys_map_both_ways(file):
-    recorded = {
-        key: tuple(shape) for key, shape in json.loads(file.read_text()).items() if not DERIVED.search(key)
-    }
-    width, inner, layers, heads = SIZES[file.stem]
+    recorded = recorded_shapes(file)
+    model = full_size(file.stem, clip_size=336, projector="mlp2x_gelu")
+    assert shapes_on_disk(model) == recorded
+    assert model.config.num_patches == 576
+
+
+@pytest.mark.parametrize("file", key_lists(SIZES), ids=lambda f: f.stem.replace("read", "lisa"))
+def test_full_size_keys_of_lisa_map_both_ways(file):
+    """LISA has READ's tensors, but for LLaVA-1's projector: one layer from CLIP's width to the language model's."""
+    recorded = recorded_shapes(file)
+    for key in [key for key in recorded if key.startswith("model.mm_projector.")]:
+        recorded.pop(key)
+    width = SIZES[file.stem][0]
+    recorded |= {"model.mm_projector.weight": (width, 1024), "model.mm_projector.bias": (width,)}
+    model = full_size(file.stem, clip_size=224, projector="linear")
+    assert shapes_on_disk(model) == recorded
+    assert model.config.num_patches == 256
+
+
+def recorded_shapes(file):
+    return {key: tuple(shape) for key, shape in json.loads(file.read_text()).items() if not DERIVED.search(key)}
+
+
+def full_size(name, clip_size, projector):
+    width, inner, layers, heads = SIZES[name]
     text = LlamaConfig(
         vocab_size=32003, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads
     )
     clip = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
-    )
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=clip_size,
+        patch_size=14,
+    )  # fmt: skip
+    llava = LlavaConfig(vision_config=clip, text_config=text)
     with init_empty_weights(include_buffers=False):
-        model = READForCausalLM(READConfig(llava=LlavaConfig(vision_config=clip, text_config=text), sam=SamConfig()))
+        return READForCausalLM(READConfig(llava=llava, sam=SamConfig(), projector=projector))
+
+
+def shapes_on_disk(model):
+    """Names and shapes in the released layout, once every name has been mapped there and back."""
     ours = {to_disk_key(key): tuple(t.shape) for key, t in model.state_dict().items()}
-    released = {key: shape for key, shape in ours.items() if not key.startswith(VISION_TOWER)}
-    assert released == recorded
     modules = {key.replace("vision_tower.vision_model.", "vision_tower.") for key in model.state_dict()}
     assert {to_module_key(key) for key in ours} == modules
-    assert model.config.num_patches == 576
+    return {key: shape for key, shape in ours.items() if not key.startswith(VISION_TOWER)}
 
 
 SAM_SIZES = {
@@ -218,3 +245,61 @@ def test_unmerged_lora_is_not_saved(released, tmp_path):
     model = add_lora(load(released[0], vision_tower=released[1]), r=2)
     with pytest.raises(ValueError, match="merge"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.fixture
+def lisa(loaded, released, tmp_path):
+    """A checkpoint as LISA released its own, from a LLaVA-1 whose tokenizer had image tokens before [SEG] was added."""
+
+    def change(tensors):
+        generator = torch.Generator().manual_seed(7)
+        width, seen = tensors.pop("model.mm_projector.0.weight").shape
+        for rest in ("0.bias", "2.weight", "2.bias"):
+            tensors.pop(f"model.mm_projector.{rest}")
+        tensors["model.mm_projector.weight"] = torch.randn(width, seen, generator=generator)
+        tensors["model.mm_projector.bias"] = torch.randn(width, generator=generator)
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[key] = torch.cat([tensors[key], tensors[key][-1:]])
+
+    edit(loaded, released, tmp_path, change)
+    config = json.loads((released[0] / "config.json").read_text())
+    config.pop("mm_projector_type")  # LLaVA-1 knew one kind and did not name it
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LISAForCausalLM"], "vocab_size": 32004}))
+    added = {"<im_patch>": 32000, "<im_start>": 32001, "<im_end>": 32002, "[SEG]": 32003}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    return tmp_path
+
+
+def test_lisa_loads_with_its_own_projector_tokens_and_path(lisa, released, caplog):
+    with caplog.at_level("INFO"):
+        model = load(lisa, vision_tower=released[1])
+    assert "SasP is off: LISA was trained without points" in caplog.text and not model.config.sasp.enabled
+    assert (model.config.seg_token_id, model.config.im_start_id, model.config.im_end_id) == (32003, 32001, 32002)
+    tensors = load_file(lisa / "model.safetensors")
+    pictures = torch.randn(2, 3, *[model.config.clip_image_size] * 2, generator=torch.Generator().manual_seed(0))
+    states = model.llava.model.vision_tower(pictures, output_hidden_states=True).hidden_states[-2][:, 1:]
+    expected = states @ tensors["model.mm_projector.weight"].T + tensors["model.mm_projector.bias"]
+    torch.testing.assert_close(image_features(model.llava, pictures), expected)
+    assert load(lisa, vision_tower=released[1], preset="read-7b-val").config.sasp.enabled
+
+
+def test_lisa_answers_with_and_without_points(lisa, released):
+    """Forced and generated, through everything a user has: the SasP switch is the one difference."""
+    predictor = READPredictor.from_pretrained(lisa, vision_tower=released[1], device="cpu")
+    picture = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    answers = {}
+    for enabled in (False, True):
+        predictor.model.config.sasp = SaspConfig(enabled=enabled, num_points=4, down_sample=1)
+        answers[enabled] = predictor.ask(picture, "the red cup", max_new_tokens=4, force_segment=True)
+        assert len(answers[enabled].masks) >= 1 and answers[enabled].points.shape[1] == (4 if enabled else 0)
+    assert np.array_equal(answers[False].similarity, answers[True].similarity)
+
+
+def test_lisa_is_written_back_in_both_layouts(lisa, released, tmp_path):
+    model = load(lisa, vision_tower=released[1])
+    processor = READProcessor.from_pretrained(lisa, vision_tower=released[1])
+    for layout in ("read", "released"):
+        model.save_pretrained(tmp_path / layout, layout=layout, processor=processor)
+        again = load(tmp_path / layout, vision_tower=released[1] if layout == "released" else None)
+        assert same_weights(model, again) and not again.config.sasp.enabled
+        assert again.config.projector == "linear"

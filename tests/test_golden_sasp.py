@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from golden_dir import golden_dirs
+from tiny import tiny_read
 
+from model import SaspConfig, sam
 from model.sasp import fine_map_matrices, select_points, similarity, similarity_map
 
 
@@ -22,10 +24,8 @@ def test_points_labels_and_gradient(folder, case):
     arrays = np.load(folder / "sasp/cases.npz")
     key, shape = case["key"], tuple(case["shape_hw"])
     values = torch.from_numpy(arrays[f"{key}_sm"]).requires_grad_()
-    found = select_points(
-        values[None], shape, num_points=case["num_points"], t_pos=case["t_pos"], t_neg=case["t_neg"],
-        down_sample=case["down_sample"],
-    )  # fmt: skip
+    config = SaspConfig(**{name: case[name] for name in ("num_points", "t_pos", "t_neg", "down_sample")})
+    found = select_points(values[None], shape, config)
     points, labels, cells = (t[0] for t in found)
     expected = torch.from_numpy(arrays[f"{key}_points"])
     assert points.shape == expected.shape
@@ -111,14 +111,14 @@ def test_a_map_that_says_nothing_gives_neutral_points(geometry, bad):
     values = torch.zeros(2, 144)
     values[0, 3] = bad
     values[1] = torch.linspace(0, 1, 144)
-    found = select_points(values, (120, 160), down_sample=1, geometry=geometry, clip_image_size=168)
+    found = select_points(values, (120, 160), SaspConfig(down_sample=1, geometry=geometry), clip_image_size=168)
     assert (found.labels[0] == -1).all()
     assert (found.labels[1] == 1).any()
     assert found.points.isfinite().all()
 
 
 def test_more_points_than_cells_gives_all_cells():
-    found = select_points(torch.rand(1, 16), (40, 40), num_points=30, down_sample=1, clip_image_size=56)
+    found = select_points(torch.rand(1, 16), (40, 40), SaspConfig(num_points=30, down_sample=1), clip_image_size=56)
     assert found.points.shape == (1, 16, 2)
 
 
@@ -138,8 +138,10 @@ def test_exact_geometry_puts_points_on_their_tokens():
     x_true = ((0.5 + (resized - clip) // 2 / (clip / 24)) / (resized / (clip / 24))) * width
     values = torch.zeros(1, 576)
     values[0, 24 * 12] = 1.0
-    exact = select_points(values, (height, width), num_points=1, down_sample=1, geometry="exact").points[0, 0]
-    drift = select_points(values, (height, width), num_points=1, down_sample=1).points[0, 0]
+    exact, drift = (
+        select_points(values, (height, width), SaspConfig(num_points=1, down_sample=1, geometry=geometry)).points[0, 0]
+        for geometry in ("exact", "released")
+    )
     assert abs(exact[0] - x_true) < 2
     assert x_true - drift[0] > 4
 
@@ -147,7 +149,7 @@ def test_exact_geometry_puts_points_on_their_tokens():
 def test_window_equals_the_whole_picture():
     """The refinement sums over a window; over the whole picture the number is the same."""
     values, shape = torch.rand(1, 576, dtype=torch.float32), (60, 80)
-    found = select_points(values, shape, num_points=30)
+    found = select_points(values, shape, SaspConfig(num_points=30))
     fine = similarity_map(values, shape)[0].double()
     ys, xs = torch.meshgrid(torch.arange(60.0).double(), torch.arange(80.0).double(), indexing="ij")
     for point, (x, y) in zip(found.points[0], found.cells[0].tolist(), strict=True):
@@ -155,3 +157,25 @@ def test_window_equals_the_whole_picture():
         weight = weight / weight.sum()
         whole = torch.stack([(weight * xs).sum(), (weight * ys).sum()])
         assert (point - whole).abs().max() < 1e-4
+
+
+def test_sasp_serves_a_model_that_is_not_ours():
+    """The recipe of the README: SAM as the package has it, its prompts followed by a projected [SEG]: the same mask."""
+    model, size, inside = tiny_read(), (40, 56), (46, 64)
+    generator = torch.Generator().manual_seed(3)
+    values, seg = torch.randn(3, 16, generator=generator), torch.randn(3, 256, generator=generator)
+    embedding = torch.randn(1, 256, 4, 4, generator=generator)
+    encoder = model.sam.prompt_encoder
+
+    found = select_points(values, size, SaspConfig(num_points=6, down_sample=1), clip_image_size=56)
+    places = found.points * torch.tensor([inside[1] / size[1], inside[0] / size[0]])
+    sparse, dense = encoder(points=(places, found.labels), boxes=None, masks=None)
+    logits, _ = model.sam.mask_decoder(
+        image_embeddings=embedding, image_pe=encoder.get_dense_pe(),
+        sparse_prompt_embeddings=torch.cat([sparse, seg[:, None]], dim=1), dense_prompt_embeddings=dense,
+        multimask_output=False,
+    )  # fmt: skip
+
+    ours, _ = sam.decode_masks(model.sam, embedding[0], places, found.labels, seg[:, None])
+    assert found.labels.unique().tolist() == [-1, 0, 1]
+    torch.testing.assert_close(logits[:, 0], ours, atol=1e-5, rtol=1e-5)

@@ -67,8 +67,9 @@ class TrainArgs:
     lora_target_modules: str = flag("q_proj,v_proj", "layers of the language model that get LoRA, by comma")
     train_mask_decoder: bool = flag(True, "train SAM's mask decoder too")
 
-    # ---- SasP: unless given, as the preset says, else as the base was trained
-    sasp: bool | None = flag(None, "prompt SAM with points as well; --no-sasp is SESAME's path, the [SEG] token alone")
+    # ---- SasP: unless given, as the preset says, else on, with the values that the base was trained with
+    sasp: bool | None = flag(None, "prompt SAM with points as well (training does so unless told otherwise); --no-sasp is "
+                                   "SESAME's path, the [SEG] token alone")  # fmt: skip
     num_points: int | None = flag(None, "K, points a mask")
     t_pos: float | None = flag(None, "similarity from which on a point is foreground")
     t_neg: float | None = flag(None, "similarity up to which a point is background")
@@ -147,6 +148,8 @@ class TrainArgs:
 
         if self.exp_name is None:
             self.exp_name = self.preset or "read_referseg"
+        if self.sasp is None and not self.eval_only:
+            self.sasp = True  # whatever the base did: READ may start from SESAME or LISA, which have no points
         complaints = []
         for field in dataclasses.fields(self):
             choices, value = field.metadata["choices"], getattr(self, field.name)

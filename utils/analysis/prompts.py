@@ -72,16 +72,7 @@ def choose(
     model: READForCausalLM, similarity_MP: torch.Tensor, image_size: tuple[int, int], values: SaspConfig
 ) -> sasp.PointPrompts:
     """The points that SasP with `values` makes of M maps over a picture of (H, W) pixels, whether it is on or off."""
-    return sasp.select_points(
-        similarity_MP,
-        image_size,
-        num_points=values.num_points,
-        t_pos=values.t_pos,
-        t_neg=values.t_neg,
-        down_sample=values.down_sample,
-        geometry=values.geometry,
-        clip_image_size=model.config.clip_image_size,
-    )
+    return sasp.select_points(similarity_MP, image_size, values, clip_image_size=model.config.clip_image_size)
 
 
 # ------------------------------------------------------------------------------------------------ sweeps
