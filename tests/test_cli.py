@@ -31,6 +31,7 @@ ENTRIES = {
     "utils.compare": "utils.compare",
     "dataset.check": "dataset.check",
     "utils.plot": "utils.plot",
+    "utils.model_card": "utils.model_card",
 }
 """What a command may run -> the module whose `main` parses it."""
 

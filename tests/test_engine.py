@@ -300,6 +300,7 @@ def test_adapter_is_one_that_peft_loads(data: Path, through: Path, tmp_path: Pat
 def test_merging_twice_or_with_another_base_is_refused(data: Path, through: Path, tmp_path: Path) -> None:
     """LoRA fits one base, once; a run goes on from its own base alone."""
     merge.main([str(through), str(tmp_path / "merged")])
+    assert f"| base | `{CKPT / 'read_tiny'}` |" in (tmp_path / "merged/README.md").read_text()
     with pytest.raises(SystemExit, match="result of a merge"):
         merge.main([str(tmp_path / "merged"), str(tmp_path / "again")])
     shutil.copytree(through, tmp_path / "run")
@@ -307,7 +308,9 @@ def test_merging_twice_or_with_another_base_is_refused(data: Path, through: Path
     config = json.loads((tmp_path / "run/config.json").read_text())
     config["train"]["version"] = str(tmp_path / "base")
     (tmp_path / "run/config.json").write_text(json.dumps(config))
-    merge.main([str(tmp_path / "run"), str(tmp_path / "same")])  # the same weights in another place
+    # The same weights in another place.
+    merge.main([str(tmp_path / "run"), str(tmp_path / "same"), "--layout", "released"])
+    assert "While it was trained" in (tmp_path / "same/README.md").read_text()
     file = tmp_path / "base/pytorch_model.bin"
     state = torch.load(file, weights_only=True)
     state["model.norm.weight"] = state["model.norm.weight"] + 1

@@ -1,14 +1,15 @@
 """Turns a training run into a model: `python -m utils.merge_lora RUN OUT [--tag best|last|step<N>]`.
 
 DeepSpeed's shards of the chosen checkpoint become float32 weights; these are loaded strictly over the base that the run
-was trained from; LoRA is folded in; OUT receives weights, config, tokenizer and processor, and so stands on its own.
-Base, LoRA rank, alpha and targets come from RUN/config.json; a base whose weights are no longer those is refused. Where the
-run kept its base in 4 or 8 bits, LoRA is folded into the rounded weights, those that it was trained on. The shards stay,
-unless --delete_shards asks otherwise and the folder just written has been loaded again.
+was trained from; LoRA is folded in; OUT receives weights, config, tokenizer, processor and a card (utils/model_card.py),
+and so stands on its own, here and on the hub. Base, LoRA rank, alpha and targets come from RUN/config.json; a base whose
+weights are no longer those is refused. Where the run kept its base in 4 or 8 bits, LoRA is folded into the rounded weights,
+those that it was trained on. The shards stay, unless --delete_shards asks otherwise and the folder just written has been
+loaded again.
 
 With --layout adapter nothing is merged: OUT becomes a PEFT adapter, small, that `peft` loads onto the base.
 
-This is an entry script: it alone in `utils` knows the model.
+This is an entry script: it may know the model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from utils.args import TrainArgs
 from utils.cli import plain_errors, torch_dtype
+from utils.model_card import CARD, MERGED_FROM, model_card
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +101,9 @@ def merge(options: argparse.Namespace) -> None:
         model.save_pretrained(partial, layout=options.layout)
         READProcessor.from_pretrained(args.version, **args.processor(model.config)).save_pretrained(partial)
     record = {"run": str(options.run), "checkpoint": str(source), "base": args.version, "preset": args.preset}
-    (partial / "merged_from.json").write_text(json.dumps(record, indent=2) + "\n")
+    (partial / MERGED_FROM).write_text(json.dumps(record, indent=2) + "\n")
+    if options.layout != "adapter":
+        (partial / CARD).write_text(model_card(partial, options.out.name, record=record, config=model.config))
     if options.overwrite and options.out.exists():
         shutil.rmtree(options.out)
     partial.rename(options.out)
@@ -125,7 +129,7 @@ def load_run(run: Path) -> TrainArgs:
     Raises:
         ValueError: it has been merged already. FileNotFoundError: it is no run.
     """
-    if (run / "merged_from.json").is_file():
+    if (run / MERGED_FROM).is_file():
         raise ValueError(f"{run} is the result of a merge, and merging it twice would add LoRA twice: name the run itself")
     return TrainArgs.load(run)
 

@@ -1,0 +1,102 @@
+"""The card of a model folder: filled from the run, readable for the hub, true about the scores."""
+
+import json
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+from tiny_training import ROOT
+
+from model.checkpoint import fingerprint
+from utils.model_card import main
+
+BASE = ROOT / "assets/read-mini-base"
+WEIGHTS = fingerprint(str(BASE))
+RUN_SETTINGS = {
+    "train": {
+        "dataset": "refer_seg||reason_seg", "sample_rates": "3, 1", "batch_size": 4, "grad_accumulation_steps": 5, "lora_r": 16,
+        "lora_alpha": 8, "lora_target_modules": "q_proj,v_proj", "epochs": 2, "steps_per_epoch": 30, "lr": 2e-4,
+        "warmup_steps": 10, "precision": "bf16", "ce_loss_weight": 1.0, "bce_loss_weight": 2.0, "dice_loss_weight": 0.5,
+        "sim_loss_weight": 0.0,
+    },
+    "world_size": 2,
+    "versions": {"torch": "2.9", "transformers": "5.1", "peft": "0.1", "deepspeed": "0.2"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model folder and the run that it says it is from."""
+    folder, run = tmp_path / "cups", tmp_path / "run"
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("README.md"))
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(RUN_SETTINGS))
+    best = {"tag": "step60", "ciou": 0.715, "giou": 0.602, "val_dataset": "ReasonSeg|val"}
+    (run / "best.json").write_text(json.dumps(best))
+    record = {"run": str(run), "checkpoint": f"{run}/ckpt_model/step60", "base": "someone/llava", "preset": "read-7b-val"}
+    (folder / "merged_from.json").write_text(json.dumps(record))
+    return folder
+
+
+def evaluation(folder, weights=WEIGHTS, **changes):
+    folder.mkdir()
+    result = {"dataset": "refcoco", "split": "testA", "giou": 0.76543, "ciou": 0.7, "see": None}
+    found = {
+        "version": "cups", "checkpoint": weights, "protocol": "forced", "compat": "correct", "limit": None,
+        "command": "python test_read.py --version cups", "results": [result], **changes,
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(found))
+    return str(folder)
+
+
+def test_a_card_says_where_the_weights_come_from(model):
+    main([str(model)])
+    text = (model / "README.md").read_text()
+    assert "$" not in text
+    for words in (
+        "# cups", "| base | `someone/llava` |", "| checkpoint | step60 |", "refer_seg 3, reason_seg 1",
+        "LoRA of rank 16, alpha 8 on q_proj,v_proj", "at most 2 x 30, 40 pictures each", "0.0002, 10 steps of warm-up",
+        "144 image tokens", "10 points, t_pos 0.8", "ReasonSeg|val with the answers forced: gIoU 60.2, cIoU 71.5",
+    ):  # fmt: skip
+        assert words in text
+    assert ModelCard.load(model / "README.md").data.base_model == "someone/llava"
+
+
+def test_measured_scores_are_in_the_table_and_in_the_front_matter(model, tmp_path):
+    generated = {"protocol": "generate", "compat": "released", "limit": 9}
+    folders = [evaluation(tmp_path / "one"), evaluation(tmp_path / "two", **generated)]
+    main([str(model), "--results", *folders, "--name", "me/cups"])
+    text = (model / "README.md").read_text()
+    assert "| refcoco testA | answers forced | 76.5 | 70.0 |" in text
+    assert "| refcoco testA | answers generated, padding as released, first 9 pictures | 76.5 | 70.0 |" in text
+    assert "    python test_read.py --version cups" in text and "While it was trained" not in text
+    found = ModelCard.load(model / "README.md").data.eval_results
+    assert [(one.metric_name, one.metric_value) for one in found] == [("gIoU", 76.54), ("cIoU", 70.0)] * 2
+    assert found[0].dataset_config == "answers forced" != found[2].dataset_config
+
+
+def test_scores_of_other_weights_are_refused(model, tmp_path):
+    with pytest.raises(SystemExit, match="other weights"):
+        main([str(model), "--results", evaluation(tmp_path / "one", weights="0" * 32)])
+    assert not (model / "README.md").exists()
+
+
+def test_a_card_that_is_there_stays_unless_asked(model):
+    (model / "README.md").write_text("mine")
+    with pytest.raises(SystemExit, match="--overwrite"):
+        main([str(model)])
+    assert (model / "README.md").read_text() == "mine"
+    main([str(model), "--overwrite"])
+    assert (model / "README.md").read_text() != "mine"
+
+
+def test_little_is_known_of_a_folder_alone(tmp_path):
+    """No record of a run: the card says so. No model: no card."""
+    folder = tmp_path / "cups"
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("README.md"))
+    main([str(folder)])
+    text = (folder / "README.md").read_text()
+    assert "Not recorded with this folder." in text and "Not measured yet." in text
+    assert ModelCard.load(folder / "README.md").data.base_model is None
+    with pytest.raises(SystemExit, match="config.json|incomplete"):
+        main([str(tmp_path)])

@@ -1,0 +1,222 @@
+"""The card of a model folder, filled from the run that made it: `python -m utils.model_card MODEL [--results EVAL ...]`.
+
+`merge_lora_weight.sh` writes one into every model that it makes; with --results it is written again, with the scores that
+test_read.py measured. The front matter is the hub's (tags, base, scores), so the folder can be uploaded as it is:
+`hf upload USER/NAME MODEL`. The text is the template beside this file, `model_card.md`.
+
+This is an entry script: it may know the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import plain_errors
+
+if TYPE_CHECKING:
+    from model import READConfig
+
+CARD, MERGED_FROM = "README.md", "merged_from.json"
+TEMPLATE = Path(__file__).with_suffix(".md")
+WITH_POINTS = (
+    "SasP turns the\nsimilarity between that token and the image tokens into points, and SAM, prompted with the projected token "
+    "and\nthose points,"
+)
+METRICS = {"giou": "gIoU", "ciou": "cIoU", "see": "See"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m utils.model_card", description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder, as merge_lora_weight.sh writes it")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="EVAL", help="folders of test_read.py with scores of this model"
+    )
+    parser.add_argument("--name", help="what the model is called, e.g. its id on the hub (default: the folder)")
+    parser.add_argument(
+        "--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace the card that is there"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes MODEL/README.md."""
+    options = build_parser().parse_args(argv)
+    with plain_errors("model_card"):
+        file = options.model / CARD
+        if file.exists() and not options.overwrite:
+            raise FileExistsError(f"{file} is there already: keep it, or replace it with --overwrite")
+        file.write_text(model_card(options.model, options.name, [read_results(folder) for folder in options.results]))
+        print(file)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of an evaluation.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    file = folder / "results.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no results.json: give a folder that test_read.py wrote (its --out)")
+    return json.loads(file.read_text())
+
+
+def model_card(
+    model: Path,
+    name: str | None = None,
+    evaluations: Sequence[dict[str, Any]] = (),
+    record: dict[str, Any] | None = None,
+    config: READConfig | None = None,
+) -> str:
+    """The text of a card.
+
+    Args:
+        model: the folder; its config.json says what the model is, its merged_from.json where it comes from.
+        name: what it is called.
+        evaluations: contents of results.json files.
+        record, config: what the folder will say, where it is still being written.
+
+    Raises:
+        ValueError: the folder is no model, or an evaluation is of other weights.
+    """
+    from model.checkpoint import fingerprint
+    from model.memory import base_config
+
+    name = name or model.resolve().name
+    config = config or base_config(str(model))[0]
+    weights = fingerprint(str(model)) if evaluations else None
+    for found in evaluations:
+        if found["checkpoint"] != weights:
+            raise ValueError(f"the scores of {found['version']} are those of other weights than {model}: measure this model")
+    if record is None and (model / MERGED_FROM).is_file():
+        record = json.loads((model / MERGED_FROM).read_text())
+    return Template(TEMPLATE.read_text()).substitute(
+        front=front_matter(name, evaluations, record),
+        name=name,
+        path=WITH_POINTS if config.sasp.enabled else "and SAM, prompted with the projected token (SasP is off),",
+        sizes=table({"part": "size"} | sizes(config)),
+        training=training(record),
+        scores=scores(evaluations, record),
+    )
+
+
+def front_matter(name: str, evaluations: Sequence[dict[str, Any]], record: dict[str, Any] | None) -> str:
+    """The YAML that the hub reads. A base is named if it is a repository there, not a folder here."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base = record["base"] if record else None
+    on_hub = base is not None and base.count("/") == 1 and not Path(base).exists()
+    results = [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type=result["dataset"],
+            dataset_name=f"{result['dataset']} {result['split']}",
+            dataset_config=protocol(found),
+            dataset_split=result["split"],
+            metric_type=metric,
+            metric_name=METRICS[metric],
+            metric_value=round(100 * result[metric], 2),
+        )
+        for found in evaluations
+        for result in found["results"]
+        for metric in METRICS
+        if result.get(metric) is not None
+    ]
+    data = ModelCardData(
+        language="en",
+        pipeline_tag="image-segmentation",
+        tags=["read", "reasoning-segmentation", "referring-expression-segmentation", "llava", "segment-anything"],
+        base_model=base if on_hub else None,
+        model_name=name.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def sizes(config: READConfig) -> dict[str, str]:
+    """What the model is made of."""
+    text, clip, sam, sasp = config.llava.text_config, config.llava.vision_config, config.sam, config.sasp
+    points = f"{sasp.num_points} points, t_pos {sasp.t_pos}, t_neg {sasp.t_neg}, down-sampling {sasp.down_sample}"
+    return {
+        "language model": f"LLaMA, {text.num_hidden_layers} layers, {text.hidden_size} wide, {text.vocab_size} tokens",
+        "CLIP tower": f"{clip.image_size} pixels, patches of {clip.patch_size}: {config.num_patches} image tokens",
+        "SAM": f"{sam.depth} layers, {sam.embed_dim} wide, {sam.image_size} pixels",
+        "SasP": f"{points}, geometry {sasp.geometry}" if sasp.enabled else "off",
+    }
+
+
+def training(record: dict[str, Any] | None) -> str:
+    """How the weights came about, from the settings that their run kept."""
+    if record is None:
+        return "Not recorded with this folder."
+    run = Path(record["run"])
+    rows = {"base": f"`{record['base']}`", "preset": record["preset"] or "none", "checkpoint": Path(record["checkpoint"]).name}
+    file = run / "config.json"
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        train = kept["train"]
+        names = [name.strip() for name in train["dataset"].split("||")]
+        mixed = zip(names, train["sample_rates"].split(","), strict=True)
+        per_step = train["batch_size"] * train["grad_accumulation_steps"] * kept["world_size"]
+        method = f"LoRA of rank {train['lora_r']}, alpha {train['lora_alpha']}" if train["lora_r"] else "in full"
+        losses = ", ".join(f"{name} {train[f'{name}_loss_weight']:g}" for name in ("ce", "bce", "dice", "sim"))
+        versions = ", ".join(f"{name} {kept['versions'][name]}" for name in ("torch", "transformers", "peft", "deepspeed"))
+        rows |= {
+            "data, by rate": ", ".join(f"{dataset} {rate.strip()}" for dataset, rate in mixed),
+            "language model": f"{method} on {train['lora_target_modules']}" if train["lora_r"] else method,
+            "steps": f"at most {train['epochs']} x {train['steps_per_epoch']}, {per_step} pictures each",
+            "learning rate": f"{train['lr']:g}, {train['warmup_steps']} steps of warm-up",
+            "loss": losses,
+            "precision": train["precision"],
+            "packages": versions,
+        }
+    return table({"setting": "value"} | rows)
+
+
+def scores(evaluations: Sequence[dict[str, Any]], record: dict[str, Any] | None) -> str:
+    """Measured scores with their protocol; what the run itself validated with where there are none."""
+    lines = []
+    for found in evaluations:
+        for result in found["results"]:
+            values = [f"{100 * result[metric]:.1f}" if result.get(metric) is not None else "" for metric in METRICS]
+            lines.append(" | ".join(["", f"{result['dataset']} {result['split']}", protocol(found), *values, ""]).strip())
+    if lines:
+        commands = "".join(f"\n    {found['command']}" for found in evaluations)
+        title = " | ".join(["", "data", "protocol", *METRICS.values(), ""]).strip()
+        return "\n".join([title, "|---|---|" + "---|" * len(METRICS), *lines, "", "Percent, measured by", commands])
+    best = Path(record["run"]) / "best.json" if record else None
+    if best is not None and best.is_file():
+        found = json.loads(best.read_text())
+        if found["ciou"] is not None and found["tag"] == Path(record["checkpoint"]).name:
+            return (
+                f"While it was trained, before merging, on {found['val_dataset']} with the answers forced: gIoU "
+                f"{100 * found['giou']:.1f}, cIoU {100 * found['ciou']:.1f}; the checkpoint was chosen by them."
+            )
+    return "Not measured yet."
+
+
+def protocol(found: dict[str, Any]) -> str:
+    """How an evaluation asked, in words; never to be mixed."""
+    words = ["answers forced" if found["protocol"] == "forced" else "answers generated"]
+    if found["compat"] == "released":
+        words.append("padding as released")
+    if found["limit"] is not None:
+        words.append(f"first {found['limit']} pictures")
+    return ", ".join(words)
+
+
+def table(rows: dict[str, str]) -> str:
+    """Two columns of Markdown; the first row is the heading."""
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join([lines[0], "|---|---|", *lines[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
