@@ -24,15 +24,14 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.args import CONFIG_NAME, TrainArgs, parse_flags
+from utils import run_folder
+from utils.args import TrainArgs, parse_flags
 from utils.cli import plain_errors, torch_dtype
 
 if TYPE_CHECKING:
@@ -70,20 +69,20 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with plain_errors("train_read.py"):
             check_packages(args)
-            check_run_folder(args)
+            run_folder.check(args)
             train_data, val_data = open_data(args)  # what is missing on disk shows before minutes go into loading a model
             distributed.seed_everything(args.seed)  # the same on all ranks: new weights must agree
             model, processor = build_model(args, world, log)
         if args.eval_only:
             validate(args, model, processor, val_data, world, log, step=0)
             return
-        make_run_folder(args, world)
+        run_folder.prepare(args, world)
         engine = build_engine(args, model, world.device)
         with plain_errors("train_read.py"):
             resume(args, engine, world, log)
-        write_settings(args, engine.module, world)
+        run_folder.write_settings(args, engine.module, world)
         log = RunLog(
-            args.run_dir, world.is_main, engine.global_steps, (read_best(args.run_dir) or {}).get("measured_step", 0),
+            args.run_dir, world.is_main, engine.global_steps, (run_folder.read_best(args.run_dir) or {}).get("measured_step", 0),
             wandb_name=args.exp_name if args.use_wandb else None,
         )  # fmt: skip
         train(args, engine, processor, build_loader(args, train_data, processor, world), val_data, world, log)
@@ -101,47 +100,6 @@ def check_packages(args: TrainArgs) -> None:
     for package, wanted in needed.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"the flags given need the package {package}: pip install {package}")
-
-
-def check_run_folder(args: TrainArgs) -> None:
-    """Refuses to mix two runs in one folder, and to continue with a model of another shape or onto another base."""
-    from model.checkpoint import check_base
-    from utils.engine import has_checkpoint
-
-    if args.eval_only:
-        return
-    found = has_checkpoint(args.run_dir / "ckpt_model")
-    source = Path(args.resume) if args.resume else args.run_dir
-    continued = args.auto_resume or (args.resume is not None and source.resolve() == args.run_dir.resolve())
-    if found and not (args.overwrite or continued):
-        raise FileExistsError(
-            f"{args.run_dir} holds an earlier run: continue it with --auto_resume, delete it with --overwrite, "
-            "or give this one another --exp_name"
-        )
-    if continued and args.overwrite:
-        raise ValueError(f"--overwrite would delete {args.run_dir}, which is to be continued: give one of the two")
-    if args.overwrite:
-        run, kept = args.run_dir.resolve(), (args.version, args.vision_tower, args.vision_pretrained)
-        inside = [path for path in kept if path and Path(path).resolve().is_relative_to(run)]
-        if inside or Path(args.log_base_dir).resolve().is_relative_to(run):
-            raise ValueError(
-                f"--overwrite would delete {run}, and with it {inside[0] if inside else 'other runs'}: choose another --exp_name"
-            )
-    if args.resume or (args.auto_resume and found):
-        before = TrainArgs.load(source)
-        names = (
-            "version", "vision_tower", "vision_pretrained", "precision", "load_in_4bit", "load_in_8bit", "zero_stage",
-            "lora_r", "lora_alpha",
-            "lora_target_modules", "train_mask_decoder",
-        )  # fmt: skip
-        changed = [
-            f"--{name} was {getattr(before, name)!r}, is {getattr(args, name)!r}"
-            for name in names
-            if getattr(before, name) != getattr(args, name)
-        ]
-        if changed:
-            raise ValueError(f"the checkpoint of {source} does not fit these settings:\n" + "\n".join(changed))
-        check_base(source, args)
 
 
 def dry_run(args: TrainArgs) -> None:
@@ -180,36 +138,6 @@ def dry_run(args: TrainArgs) -> None:
             print(f"{args.val_dataset + '|' + args.val_split:<22}{len(val_data):>9} pictures to validate on")
     except (OSError, ValueError) as error:  # what is missing is part of the answer, not the end of it
         print(f"this would not start: {error}")
-
-
-def make_run_folder(args: TrainArgs, world: World) -> None:
-    """The run's folder; a run that is not continued leaves nothing behind."""
-    from utils import distributed
-    from utils.engine import has_checkpoint
-
-    run = args.run_dir
-    distributed.barrier()  # all ranks have looked at the folder before the first one changes it
-    if world.is_main:
-        if args.overwrite and run.exists():
-            shutil.rmtree(run)
-        if not has_checkpoint(run / "ckpt_model"):
-            for stale in [*run.glob("log.jsonl"), *run.glob("events.*"), *run.glob("best.json")]:
-                stale.unlink()  # of a run that ended before its first checkpoint
-        run.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
-
-
-def write_settings(args: TrainArgs, model: READForCausalLM, world: World) -> None:
-    """config.json and trainable.txt of a run that can start; one that cannot be resumed keeps those it had."""
-    from model.checkpoint import fingerprint
-    from model.lora import trainable_report
-    from utils.runlog import package_versions
-
-    if world.is_main:
-        base = fingerprint(args.version, args.vision_tower, args.vision_pretrained)  # merging refuses another
-        beside = {"command": sys.argv, "world_size": world.size, "versions": package_versions(), "base": base}
-        args.save(args.run_dir / CONFIG_NAME, **beside)
-        (args.run_dir / "trainable.txt").write_text(trainable_report(model) + "\n")
 
 
 def open_data(args: TrainArgs) -> tuple[Any, Any]:
@@ -285,50 +213,17 @@ def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCaus
     return model.to(world.device), processor
 
 
-class EpochSampler:
-    """This rank's keys (epoch, index) of the mixture, in order: r, r + size, r + 2 size, ...
-
-    A mixture maps (seed, epoch, index) to a sample, so ranks differ by index, a run repeats, and a run that is resumed
-    in mid-epoch goes on with the next sample. The original drew the same samples on every rank (§8-19).
-    """
-
-    def __init__(self, batches: int, batch_size: int, rank: int, size: int) -> None:
-        self.count = batches * batch_size
-        self.batch_size, self.rank, self.size = batch_size, rank, size
-        self.epoch = self.skipped = 0
-
-    def start_at(self, epoch: int, batches_done: int) -> None:
-        """The next iteration is of this epoch, without its first batches."""
-        self.epoch, self.skipped = epoch, batches_done * self.batch_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for i in range(self.skipped, self.count):
-            yield self.epoch, self.rank + i * self.size
-
-    def __len__(self) -> int:
-        return self.count - self.skipped
-
-
-class KeyedMixture:
-    """A data set over keys (epoch, index): workers that outlive an epoch need not be told of the next."""
-
-    def __init__(self, mixture: Any) -> None:
-        self.mixture = mixture
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        return self.mixture.sample(*key)
-
-
 def build_loader(args: TrainArgs, mixture: Any, processor: READProcessor, world: World) -> Any:
     """Batches of the training mixture for this rank."""
     from torch.utils.data import DataLoader
 
     from dataset.collate import collate
+    from dataset.mixture import EpochSampler
 
     batches = args.steps_per_epoch * args.grad_accumulation_steps
     workers = min(args.workers, os.cpu_count() or 1)  # more than there are cores only get into each other's way
     return DataLoader(
-        KeyedMixture(mixture),
+        mixture,
         batch_size=args.batch_size,
         sampler=EpochSampler(batches, args.batch_size, world.rank, world.size),
         num_workers=workers,
@@ -355,7 +250,7 @@ def train(
 
     budget, step = Budget(args, world), engine.global_steps
     there = (args.run_dir / "ckpt_model" / f"step{step}").is_dir()
-    late = there and is_measured_after(args, step) and (read_best(args.run_dir) or {}).get("measured_step") != step
+    late = there and is_measured_after(args, step) and (run_folder.read_best(args.run_dir) or {}).get("measured_step") != step
     if distributed.from_main(late, world.device):  # it was stopped between saving and measuring
         measure(args, engine, processor, val_data, world, log)
     over = budget.steps_spent(step)
@@ -364,7 +259,7 @@ def train(
         over = budget.spent(engine.global_steps)
         save(args, engine, world)  # before it is measured: a failing validation costs no epoch
         measure(args, engine, processor, val_data, world, log)
-    best = read_best(args.run_dir)
+    best = run_folder.read_best(args.run_dir)
     if engine.module.sam_cache is not None:
         log.say(str(engine.module.sam_cache))
     log.say(
@@ -520,17 +415,11 @@ def validate(
 # ------------------------------------------------------------------------------------------------ save and resume
 
 
-def read_best(run: Path) -> dict[str, Any] | None:
-    """The record of the best checkpoint so far."""
-    file = run / "best.json"
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
 def save(args: TrainArgs, engine: Any, world: World) -> None:
     """A checkpoint of this step; of the older ones the best is kept."""
     from utils.engine import prune, save_checkpoint
 
-    folder, best = args.run_dir / "ckpt_model", read_best(args.run_dir)
+    folder, best = args.run_dir / "ckpt_model", run_folder.read_best(args.run_dir)
     tag = save_checkpoint(engine, folder, world, args.save_frozen)
     prune(folder, {tag, best["tag"] if best else tag}, world)
 
@@ -544,7 +433,7 @@ def measure(
     """
     from utils.engine import prune
 
-    step, best, folder = engine.global_steps, read_best(args.run_dir), args.run_dir / "ckpt_model"
+    step, best, folder = engine.global_steps, run_folder.read_best(args.run_dir), args.run_dir / "ckpt_model"
     scores = validate(args, engine.module, processor, val_data, world, log, step) if val_data is not None else {}
     ciou, tag = scores.get("ciou"), f"step{step}"
     if ciou is None or best is None or best["ciou"] is None or not ciou <= best["ciou"]:
@@ -558,9 +447,7 @@ def measure(
         }
         log.say(f"checkpoint {folder / tag}: the best so far" if scores else f"checkpoint {folder / tag}")
     if world.is_main:
-        partial = args.run_dir / "best.json.partial"
-        partial.write_text(json.dumps({**best, "measured_step": step}, indent=2) + "\n")
-        partial.replace(args.run_dir / "best.json")
+        run_folder.write_best(args.run_dir, {**best, "measured_step": step})
     prune(folder, {tag, best["tag"]}, world)
 
 

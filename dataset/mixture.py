@@ -6,7 +6,7 @@ indices see different samples (in the original all ranks drew the same ones, §8
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -52,7 +52,35 @@ class Mixture:
         """Pictures of all sets together."""
         return sum(map(len, self.sets))
 
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of a key (epoch, index), always the same one. Workers that outlive an epoch need not be told of the next."""
+        return self.sample(*key)
+
     def sample(self, epoch: int, index: int) -> Sample:
         """The sample of that epoch and index, always the same one."""
         rng = np.random.default_rng([self.seed, epoch, index])
         return self.sets[rng.choice(len(self.sets), p=self.shares)].draw(rng)
+
+
+class EpochSampler:
+    """This rank's keys (epoch, index) of the mixture, in order: r, r + size, r + 2 size, ...
+
+    A mixture maps (seed, epoch, index) to a sample, so ranks differ by index, a run repeats, and a run that is resumed
+    in mid-epoch goes on with the next sample. The original drew the same samples on every rank (§8-19).
+    """
+
+    def __init__(self, batches: int, batch_size: int, rank: int, size: int) -> None:
+        self.count = batches * batch_size
+        self.batch_size, self.rank, self.size = batch_size, rank, size
+        self.epoch = self.skipped = 0
+
+    def start_at(self, epoch: int, batches_done: int) -> None:
+        """The next iteration is of this epoch, without its first batches."""
+        self.epoch, self.skipped = epoch, batches_done * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for i in range(self.skipped, self.count):
+            yield self.epoch, self.rank + i * self.size
+
+    def __len__(self) -> int:
+        return self.count - self.skipped

@@ -24,7 +24,6 @@ from utils.compare import (
     main,
     paired_bootstrap,
     read_run,
-    resampled_sums,
     scores_of,
 )
 from utils.predictions import encode_mask
@@ -165,13 +164,6 @@ def test_the_paired_interval_is_that_of_plain_python():
         assert score.interval == pytest.approx((quantile(changes, 0.025), quantile(changes, 0.975)), abs=1e-8)
         assert score.not_better == pytest.approx(sum(change <= 1e-12 for change in changes) / 400)
         assert score.interval[0] < score.value < score.interval[1]
-
-
-def test_the_block_of_resamples_does_not_matter():
-    """They are drawn a block at a time so that memory stays small; the numbers are those of one large draw."""
-    per_image = np.random.default_rng(0).integers(0, 100, (3000, 2)).astype(float)
-    drawn = np.random.default_rng(3).integers(3000, size=(900, 3000))
-    np.testing.assert_array_equal(resampled_sums(per_image, 900, 3), [per_image[row].sum(axis=0) for row in drawn])
 
 
 def test_the_pictures_are_drawn_and_not_the_expressions():

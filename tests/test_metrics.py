@@ -242,7 +242,14 @@ def test_interval_in_little_memory():
     rows = [row(image) for image in range(10_000)]
     table = metrics._per_image(rows, True)
     tracemalloc.start()
-    metrics._resampled(table, 500, 0)  # at once it would take 120 MB
+    metrics.resampled_sums(table, 500, 0)  # at once it would take 120 MB
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50e6
+
+
+def test_the_block_of_resamples_does_not_matter():
+    """They are drawn a block at a time so that memory stays small; the numbers are those of one large draw."""
+    per_image = np.random.default_rng(0).integers(0, 100, (3000, 2)).astype(float)
+    drawn = np.random.default_rng(3).integers(3000, size=(900, 3000))
+    np.testing.assert_array_equal(metrics.resampled_sums(per_image, 900, 3), [per_image[row].sum(axis=0) for row in drawn])

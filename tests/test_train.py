@@ -16,8 +16,9 @@ import torch
 from tiny_training import CKPT, ROOT, flags, needs_ckpt, records, write_reason_seg
 
 import train_read
+from dataset.mixture import EpochSampler
 from model import READForCausalLM, READProcessor, add_lora, merge_lora, set_trainable
-from train_read import EpochSampler, check_finite
+from train_read import check_finite
 from utils import merge_lora as merge
 from utils.args import TrainArgs
 from utils.engine import deepspeed_config

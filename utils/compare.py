@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from utils.cli import plain_errors
-from utils.metrics import Expression, Overlap, summarize
+from utils.metrics import Expression, Overlap, resampled_sums, summarize
 from utils.predictions import predictions_name, read_predictions
 from utils.scores import differences
 
@@ -360,22 +360,6 @@ def paired_bootstrap(
         not_better = float((of_resample[name] <= 0).mean())
         found.append(Difference(name, scores_a[name], scores_b[name], (low, high), not_better))
     return found
-
-
-def resampled_sums(per_image: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(R, S) float64: sums of the rows of `per_image` (M, S) over M rows drawn with replacement, R times.
-
-    Counts how often each row was drawn, a block of resamples at a time: memory does not grow with their number.
-    """
-    generator, images = np.random.default_rng(seed), len(per_image)
-    block = max(1, 2**20 // images)
-    sums = np.empty((resamples, per_image.shape[1]))
-    for begin in range(0, resamples, block):
-        size = min(block, resamples - begin)
-        drawn = generator.integers(images, size=(size, images)) + images * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * images).reshape(size, images)
-        sums[begin : begin + size] = times.astype(np.float64) @ per_image
-    return sums
 
 
 def _right(record: Record) -> int:

@@ -206,7 +206,7 @@ def _intervals(rows: Sequence[Expression], generated: bool, resamples: int, seed
     table = _per_image(rows, generated)
     if len(table) < 2 or resamples < 1:
         return {"giou": None, "ciou": None, "see": None}
-    iou, expressions, intersection, union, right, judged = _resampled(table, resamples, seed).T
+    iou, expressions, intersection, union, right, judged = resampled_sums(table, resamples, seed).T
     shares = {
         "giou": iou / _ONE / expressions,
         "ciou": intersection / (union + 1e-10),
@@ -232,8 +232,11 @@ def _per_image(rows: Sequence[Expression], generated: bool) -> np.ndarray:
     return table
 
 
-def _resampled(table: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, columns) int64: sums of as many rows of the table as it has, drawn with replacement."""
+def resampled_sums(table: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """(resamples, columns), dtype of the table: sums of as many of its rows as it has, drawn with replacement.
+
+    Counts how often each row was drawn, some resamples at a time: memory does not grow with their number.
+    """
     rng, count = np.random.default_rng(seed), len(table)
     at_once = max(1, RESAMPLED_AT_ONCE // count)
     sums = []
@@ -241,5 +244,5 @@ def _resampled(table: np.ndarray, resamples: int, seed: int) -> np.ndarray:
         some = min(at_once, resamples - begin)
         drawn = rng.integers(count, size=(some, count)) + count * np.arange(some)[:, None]
         times = np.bincount(drawn.ravel(), minlength=some * count).reshape(some, count)
-        sums.append(times @ table)
+        sums.append(times.astype(table.dtype) @ table)
     return np.concatenate(sums)
