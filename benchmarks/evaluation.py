@@ -2,6 +2,9 @@
 
     python benchmarks/evaluation.py                                 READ-mini on this machine, 10 expressions a picture
     python benchmarks/evaluation.py --size 7b                       a full-size READ with random weights; wants a GPU
+    python benchmarks/evaluation.py --size 7b --precision bf16 --protocols forced --together_only --images 1 --warmup 0
+                                                                    what it takes of a machine without one
+    python benchmarks/evaluation.py --size 13b --plan               GiB of weights in every precision; measures nothing
 
 Both schedules are run by one model on the same pictures and questions, in turns of who is first. In fp32 they must agree, or
 the benchmark fails; in bf16 rounding may tip a word, and the table says in how many answers.
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.loading import memory as memory_field  # noqa: E402
 from benchmarks.random_read import (  # noqa: E402
     SIZES,
     random_beginning,
@@ -50,6 +54,7 @@ from benchmarks.stopwatch import MODEL_PARTS, Stopwatch, hardware, watch_model  
 HEAD, REST = "vocabulary head", "rest"
 STAGES = (*MODEL_PARTS, HEAD, REST, "total")
 SCHEDULES = ("original", "together")
+PROCESS = Path("/proc/self")
 
 Answer = list[int]
 
@@ -74,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max_new_tokens", type=int, default=40, help="longest answer (default: 40)")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 without")
+    parser.add_argument("--bits", type=int, choices=(8, 4), help="with --size: the language model's blocks in so many bits")
+    parser.add_argument("--plan", action="store_true", help="with --size: counts weights in every precision, runs nothing")
     parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2"), default="sdpa")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
     parser.add_argument(
@@ -251,6 +258,41 @@ def measure(
     return result
 
 
+def plan(size: str) -> str:
+    """GiB of the weights of a published size, counted on PyTorch's meta device."""
+    import torch
+
+    from model import memory
+
+    lines = [f"READ-{size}, GiB of weights"]
+    config = memory.published_config(size)
+    for name, dtype, bits in (
+        ("fp32", torch.float32, None), ("bf16", torch.bfloat16, None),
+        ("bf16, blocks in 8 bits", torch.bfloat16, 8), ("bf16, blocks in 4 bits", torch.bfloat16, 4),
+    ):  # fmt: skip
+        lines.append(f"{name:<26}{memory.weight_bytes(memory.on_meta(config, dtype), bits) / memory.GIB:>6.1f}")
+    return "\n".join(lines)
+
+
+def forget_peak(device: torch.device) -> None:
+    """What was held before does not count; a system without /proc has no peak."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif PROCESS.is_dir():
+        (PROCESS / "clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the GPU's, or without one those of this process."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return memory_field("VmHWM") / 2**30 if PROCESS.is_dir() else float("nan")
+
+
 def _compare(found: dict[str, tuple], same: dict[str, Any]) -> None:
     """Adds up in how much the two schedules agree about one picture."""
     (answers, segments), (other_answers, other_segments) = found["together"], found["original"]
@@ -289,11 +331,16 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     import torch
 
-    from model import READForCausalLM, READProcessor
+    from model import READForCausalLM, READProcessor, quantize_language_model
     from utils import distributed
     from utils.cli import plain_errors, torch_dtype
     from utils.runlog import package_versions
 
+    if options.size is None and (options.plan or options.bits):
+        raise SystemExit("evaluation: --plan and --bits are for random weights of a --size")
+    if options.plan:
+        print(plan(options.size))
+        return
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = distributed.start(engine=False).device
@@ -302,6 +349,8 @@ def main(argv: list[str] | None = None) -> None:
     with plain_errors("evaluation"):
         if options.size:
             model = random_model(options.size, dtype, device, options.attn_implementation)
+            if options.bits:
+                quantize_language_model(model, options.bits, device)
         else:
             model = READForCausalLM.from_pretrained(
                 options.version, dtype=dtype, attn_implementation=options.attn_implementation
@@ -309,6 +358,7 @@ def main(argv: list[str] | None = None) -> None:
             model.requires_grad_(False).to(device)
             processor = READProcessor.from_pretrained(options.version)
         machine = hardware(device)
+        forget_peak(device)  # loading has a benchmark of its own
         model.watch = Stopwatch(device)
         watch_model(model.watch, model)
         model.watch.watch(HEAD, model.llava.lm_head)
@@ -317,13 +367,14 @@ def main(argv: list[str] | None = None) -> None:
                 random_pictures(options, model, protocol) if options.size else pictures(options, processor, protocol)
             )
             results[protocol] = measure(model, asked, protocol, options)
-    what = f"READ-{options.size}, random weights" if options.size else options.version
+    peak = peak_memory(device)
+    bits = f", blocks in {options.bits} bits" if options.bits else ""
+    what = f"READ-{options.size}, random weights{bits}" if options.size else options.version
     print(f"{what}, {str(dtype).removeprefix('torch.')}, {options.expressions} expressions a picture, {options.images} pictures; "
           f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, load {machine['load']}")  # fmt: skip
     for protocol, result in results.items():
         print("\n" + table(protocol, result))
-    if device.type == "cuda":
-        print(f"\npeak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+    print(f"\npeak memory{' of the GPU' if device.type == 'cuda' else ''}, once loaded: {peak:.1f} GiB")
     agreed = [result["agreement"] for result in results.values() if "agreement" in result]
     if dtype == torch.float32 and any(a["answers"] < a["answers_of"] or a["pixels"] > 1e-3 for a in agreed):
         raise SystemExit("evaluation: the schedules disagree, so their times say nothing")
@@ -338,6 +389,7 @@ def main(argv: list[str] | None = None) -> None:
             "expressions": options.expressions,
             "images": options.images,
             "max_new_tokens": options.max_new_tokens,
+            "peak_gib": peak,
             "results": results,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -135,14 +135,9 @@ def needs(
     bucket_size: int = 500_000_000,
 ) -> Needs:
     """What one GPU holds, for a model (LoRA on, frozen and freed) and the GiB of its `activations`."""
-    whole = stored = trained = 0
-    blocks = "llava.model.language_model.layers."
-    for name, parameter in model.named_parameters():
-        size = parameter.element_size()
-        convert = bits is not None and name.startswith(blocks) and parameter.ndim == 2 and "lora_" not in name
-        whole += parameter.numel()
-        stored += parameter.numel() * (STORED[bits] if convert else size)
-        trained += parameter.numel() * parameter.requires_grad
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    stored = weight_bytes(model, bits)
     size = model.dtype.itemsize
     bucket = min(bucket_size, trained)
     if zero_stage == 3:
@@ -150,6 +145,16 @@ def needs(
     gradients = (trained / processes + 2 * bucket) * size  # a share, and two buckets on their way to the others
     states = 0 if offload != "none" else 12 * trained / processes  # float32 copy, and AdamW's two moments
     return Needs(stored / GIB, gradients / GIB, states / GIB, activations, sam_encoder_peak(model) / GIB)
+
+
+def weight_bytes(model: READForCausalLM, bits: int | None = None) -> float:
+    """Bytes of all weights in the model's dtype, the language model's blocks in 8 or 4 bits if asked (`model.quantize`)."""
+    blocks = "llava.model.language_model.layers."
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        convert = bits is not None and name.startswith(blocks) and parameter.ndim == 2 and "lora_" not in name
+        total += parameter.numel() * (STORED[bits] if convert else parameter.element_size())
+    return total
 
 
 def sam_encoder_peak(model: READForCausalLM) -> int:

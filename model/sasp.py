@@ -73,10 +73,10 @@ def select_points(
         raise ValueError(f"SasP needs a square token grid, found {similarity_MP.shape[1]} tokens")
     coarse = max(grid // config.down_sample, 1)
     values = _resize(similarity_MP.detach().float(), grid, coarse)
-    values = torch.where(_has_contrast(values), _minmax(values), (t_pos + t_neg) / 2)
+    values, has_contrast = _minmax(values)
+    values = torch.where(has_contrast, values, (t_pos + t_neg) / 2)
 
-    cells = _grid_cells(image_size, coarse, clip_image_size, geometry)
-    x, y, index = (torch.tensor(c, device=values.device) for c in cells)
+    x, y, index = _grid_cells(tuple(image_size), coarse, clip_image_size, geometry, values.device)
     values = values[:, index]
     positive, negative = values >= t_pos, values <= t_neg
     # One ascending key: foreground in [-1, -t_pos], background in [0, t_neg], neutral 2 (a stable sort keeps raster order).
@@ -105,18 +105,18 @@ def refine_points(
     height, width = image_size
     grid = math.isqrt(similarity_MP.shape[1])
     # §4-2: min-max in the model's dtype, and only then fp32.
-    fine = _minmax(similarity_MP).float().unflatten(1, (grid, grid))
+    fine = _minmax(similarity_MP)[0].float().unflatten(1, (grid, grid))
     rows, columns = fine_map_matrices(image_size, grid, clip_image_size, geometry, fine.device)
-    offset = torch.arange(-REFINE_RADIUS, REFINE_RADIUS + 1, device=fine.device)
+    offset, distance = _window(fine.device)
     xs, ys = pixels_MK2[..., 0, None] + offset, pixels_MK2[..., 1, None] + offset
-    window = torch.einsum(
-        "mkra,mab,mkcb->mkrc", rows[ys.clamp(0, height - 1)], fine, columns[xs.clamp(0, width - 1)]
-    )
-    inside = ((ys >= 0) & (ys < height))[..., :, None] & ((xs >= 0) & (xs < width))[..., None, :]
-    distance = offset[:, None] ** 2 + offset[None, :] ** 2
+    near_xs, near_ys = xs.clamp(0, width - 1), ys.clamp(0, height - 1)
+    across = rows[near_ys].flatten(1, 2) @ fine
+    window = across.unflatten(1, ys.shape[1:]) @ columns[near_xs].mT
+    inside = (ys == near_ys)[..., :, None] & (xs == near_xs)[..., None, :]
     weight = torch.where(inside, torch.exp(window - distance), 0.0)
-    weight = weight / weight.sum(dim=(-2, -1), keepdim=True)
-    shift = torch.stack([(weight.sum(dim=-2) * offset).sum(-1), (weight.sum(dim=-1) * offset).sum(-1)], dim=-1)
+    of_column, of_row = weight.sum(dim=-2), weight.sum(dim=-1)
+    total = of_row.sum(dim=-1)
+    shift = torch.stack([(of_column * offset).sum(-1) / total, (of_row * offset).sum(-1) / total], dim=-1)
     return pixels_MK2 + shift
 
 
@@ -125,7 +125,7 @@ def similarity_map(
 ) -> torch.Tensor:
     """The fine map over the whole picture, (M, H, W) float32 in [0, 1], 0 where CLIP saw nothing. For pictures of it."""
     grid = math.isqrt(similarity_MP.shape[1])
-    fine = _minmax(similarity_MP).float().unflatten(1, (grid, grid))
+    fine = _minmax(similarity_MP)[0].float().unflatten(1, (grid, grid))
     rows, columns = fine_map_matrices(image_size, grid, clip_image_size, geometry, fine.device)
     return rows @ fine @ columns.T
 
@@ -134,15 +134,26 @@ def fine_map_matrices(
     image_size: tuple[int, int], grid: int, clip_image_size: int, geometry: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Interpolation matrices (H, g) and (W, g): fine map = rows @ map @ columns^T, zero outside CLIP's crop (§4-2)."""
-    rows, columns = _fine_map_matrices(tuple(image_size), grid, clip_image_size, geometry)
-    return rows.to(device), columns.to(device)
+    return _fine_map_matrices(tuple(image_size), grid, clip_image_size, geometry, device)
+
+
+# What follows depends on sizes alone, and is kept on its device: to send it there each time, a GPU would be waited for.
+
+
+@lru_cache
+@torch.inference_mode(False)  # so that gradients can pass later, whoever asked first
+def _window(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets (r,) of a window's rows and columns from its point, and the squares of the distances (r, r), r = 2 * radius + 1."""
+    offset = torch.arange(-REFINE_RADIUS, REFINE_RADIUS + 1, device=device)
+    return offset, offset[:, None] ** 2 + offset[None, :] ** 2
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _fine_map_matrices(
-    image_size: tuple[int, int], grid: int, clip_image_size: int, geometry: str
+    image_size: tuple[int, int], grid: int, clip_image_size: int, geometry: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    identity = torch.eye(grid)[None]
+    identity = torch.eye(grid, dtype=torch.float32)[None]
     view = F.interpolate(identity, size=clip_image_size, mode="linear", align_corners=False)
     matrices = []
     for length in image_size:
@@ -159,11 +170,11 @@ def _fine_map_matrices(
             place = (centre * grid / clip_image_size - 0.5).clamp(0, grid - 1)
             low = place.floor().long().clamp(max=max(grid - 2, 0))
             share = (place - low).float()
-            axis = torch.zeros(length, grid)
+            axis = torch.zeros(length, grid, dtype=torch.float32)
             axis[torch.arange(length), low] = 1 - share
             axis[torch.arange(length), (low + 1).clamp(max=grid - 1)] += share
             axis *= inside[:, None]
-        matrices.append(axis.contiguous())
+        matrices.append(axis.contiguous().to(device))
     return matrices[0], matrices[1]
 
 
@@ -179,9 +190,10 @@ def _interpolate_padded(view: torch.Tensor, pad: int, length: int) -> torch.Tens
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _grid_cells(
-    image_size: tuple[int, int], coarse: int, clip_image_size: int, geometry: str
-) -> tuple[list[int], list[int], list[int]]:
+    image_size: tuple[int, int], coarse: int, clip_image_size: int, geometry: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, y (integer pixels) and index in the coarse map of every cell that may become a point, in raster order (§4-3, -5)."""
     axes = []
     for length in image_size:
@@ -200,7 +212,7 @@ def _grid_cells(
     raster = [(x, y, i * coarse + j) for y, i in axes[0] for x, j in axes[1]]
     if not raster:  # a picture so narrow that the released rounding crops the whole grid away
         raster = [(image_size[1] // 2, image_size[0] // 2, (coarse // 2) * coarse + coarse // 2)]
-    return tuple(list(values) for values in zip(*raster, strict=True))
+    return tuple(torch.tensor(values, device=device) for values in zip(*raster, strict=True))
 
 
 def _released_pad(length: int, shortest: int, cells: int) -> int:
@@ -222,15 +234,14 @@ def _resize(values_MP: torch.Tensor, grid: int, size: int) -> torch.Tensor:
     return F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False).flatten(1)
 
 
-def _has_contrast(values: torch.Tensor) -> torch.Tensor:
-    """(M, 1) bool: all values of the row are finite and not all equal."""
-    return values.isfinite().all(dim=1, keepdim=True) & (values.amax(1, keepdim=True) > values.amin(1, keepdim=True))
+def _minmax(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values to [0, 1] a row, in the dtype given; (M, 1) bool, the row has contrast).
 
-
-def _minmax(values: torch.Tensor) -> torch.Tensor:
-    """To [0, 1] a row, in the dtype given; a row without contrast, or with NaN or infinity, becomes zeros."""
+    A row without contrast, that is with all values equal or with NaN or infinity in it, becomes zeros.
+    """
     # min and max by index, not amin and amax: among equal extremes one alone carries the gradient, as in the original.
     low, high = values.min(dim=1, keepdim=True).values, values.max(dim=1, keepdim=True).values
-    usable = _has_contrast(values)
+    usable = (low < high) & (low > -torch.inf) & (high < torch.inf)  # false for NaN, which both hand on
     span = torch.where(usable, high - low, 1.0)
-    return torch.where(usable, (torch.where(usable, values, 0.0) - torch.where(usable, low, 0.0)) / span, 0.0)
+    scaled = (torch.where(usable, values, 0.0) - torch.where(usable, low, 0.0)) / span
+    return torch.where(usable, scaled, 0.0), usable
