@@ -7,7 +7,8 @@
 The package writes the scores of all queries and keys to memory, adds relative positions to them in two more passes, and a
 softmax in another: 16 x 4096 x 4096 scores in a global block of ViT-H at 1024 px. Here
 
-    on a CPU      `tiled` makes them piece by piece, each small enough to stay in the processor's cache
+    on a CPU      `tiled` makes them piece by piece, and blocks with windows take some rows of windows at a time: what is needed
+                  next is then still in the processor's cache
     elsewhere     `folded` puts the relative positions into longer queries and keys: a fused kernel then needs no scores at all
     everywhere    the padding of windows that reach over the edge goes through the linear layers as one token
 
@@ -31,6 +32,9 @@ from segment_anything.modeling.image_encoder import Attention, Block
 
 TILE = 2**22
 """Bytes of scores that `tiled` makes at a time: what a core's share of a usual cache holds, and enough for a quick product."""
+
+BAND = 2**10
+"""Tokens that go through a block with windows, or through an MLP, together on a CPU: enough for a quick product, and no more."""
 
 
 def use_fast_attention(encoder: ImageEncoderViT) -> ImageEncoderViT:
@@ -73,7 +77,20 @@ class FastBlock(Block):
     """The package's block, whose attention cuts the windows itself."""
 
     def forward(self, x_BHWC: torch.Tensor) -> torch.Tensor:
-        x_BHWC = x_BHWC + self.attn(self.norm1(x_BHWC), self.window_size)
+        if x_BHWC.device.type != "cpu":
+            return self._mlp_half(self._attention_half(x_BHWC))
+        # In bands: windows need no other rows than their own, the MLP not even those.
+        B, _, W, _ = x_BHWC.shape
+        if not self.window_size:
+            x_BHWC = self._attention_half(x_BHWC)
+        step = self.window_size or 1
+        bands = x_BHWC.split(max(BAND // (B * W * step), 1) * step, dim=1)
+        return torch.cat([self._mlp_half(self._attention_half(x) if self.window_size else x) for x in bands], dim=1)
+
+    def _attention_half(self, x_BHWC: torch.Tensor) -> torch.Tensor:
+        return x_BHWC + self.attn(self.norm1(x_BHWC), self.window_size)
+
+    def _mlp_half(self, x_BHWC: torch.Tensor) -> torch.Tensor:
         return x_BHWC + self.mlp(self.norm2(x_BHWC))
 
 
@@ -207,7 +224,7 @@ def folded(
     spare = q.new_zeros(1).expand(n, heads, h, w, marks.shape[1] - h - w)
     q = torch.cat([q.unflatten(2, size) * scale, *terms, spare], dim=-1).flatten(2, 3)
     k = torch.cat([k, marks.expand(n, heads, -1, -1)], dim=-1)
-    if q.dtype != torch.float32:  # flash kernels, for half precision alone, want values as wide as keys
+    if q.element_size() == 2:  # flash kernels, for half precision alone, want values as wide as keys
         v = F.pad(v, (0, q.shape[-1] - d))
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
 
