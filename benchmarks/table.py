@@ -37,6 +37,7 @@ def evaluation(record: dict[str, Any]) -> list[Row]:
         (f"evaluation of {_model(record)}, {record['expressions']} expressions a picture, {words[protocol]}",
          "the original's schedule", _times(found["ratios"]["total"]))
         for protocol, found in record["results"].items()
+        if "ratios" in found
     ]  # fmt: skip
 
 

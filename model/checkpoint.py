@@ -62,9 +62,6 @@ UNREADABLE = (OSError, RuntimeError, EOFError, SafetensorError, pickle.Unpicklin
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 """Tensors of old checkpoints that are computed today."""
 
-WITHOUT_POINTS = ("LISAForCausalLM", "SESAMEForCausalLM")
-"""Published models that prompt SAM with the [SEG] state alone, by the name in their `config.json`."""
-
 CLIP_OTHER = re.compile(r"^(text_model|text_projection|visual_projection|logit_scale)")
 """What a full CLIP has beside its vision tower."""
 
@@ -272,13 +269,10 @@ def read_config(
         vision_feature_layer=fields.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="default",
     )
-    trained_as = (fields.get("architectures") or ["?"])[0]
-    if trained_as in WITHOUT_POINTS:
-        log.info("SasP is off: %s was trained without points (--sasp turns it on)", trained_as.removesuffix("ForCausalLM"))
     return READConfig(
         llava=llava,
         sam=infer_sam_config(sam_shapes),
-        sasp=SaspConfig(enabled=trained_as not in WITHOUT_POINTS),
+        sasp=SaspConfig(enabled=trained_as(fields) != "LISA"),
         projector="linear" if "model.mm_projector.weight" in shapes else "mlp2x_gelu",
         seg_token_id=seg,
         im_start_id=im_start,
@@ -286,6 +280,25 @@ def read_config(
         vision_tower=tower,
         conv_type="llava_v1",
     )
+
+
+def trained_as(fields: dict[str, Any]) -> str:
+    """The model that a `config.json` in the released layout names, such as READ, SESAME or LISA."""
+    return (fields.get("architectures") or ["?"])[0].removesuffix("ForCausalLM")
+
+
+def note_on_points(path: str | Path, config: READConfig) -> str | None:
+    """What to know of SasP in a checkpoint that is asked as it comes, None where nothing is unusual.
+
+    LISA has no points. SESAME has none either, but READ's own weights may carry its name, since READ grew from its code; they
+    need SasP, so that the name decides nothing there.
+    """
+    fields = json.loads((resolve_folder(path) / "config.json").read_text())
+    if not config.sasp.enabled:
+        return "SasP is off, as this model was trained; --sasp turns it on"
+    if trained_as(fields) == "SESAME":
+        return "SasP is on. If this is SESAME itself, and not a READ under its name: --no-sasp is its own path"
+    return None
 
 
 def sam_shapes_of(
@@ -506,7 +519,7 @@ def released_config(config: READConfig) -> dict[str, Any]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "hidden_act", "max_position_embeddings", "rms_norm_eps", "initializer_range", "vocab_size")  # fmt: skip
     return {
-        "architectures": ["READForCausalLM" if config.sasp.enabled else "SESAMEForCausalLM"],  # all it can say of SasP
+        "architectures": ["READForCausalLM" if config.sasp.enabled or config.projector != "linear" else "LISAForCausalLM"],
         "model_type": "llava",
         **{name: getattr(text, name) for name in names},
         "bos_token_id": 1,

@@ -99,10 +99,9 @@ PRESETS: dict[str, Preset] = {
         ),  # fmt: skip
         Preset(
             "lisa",
-            "LISA-7B or -13B (LLaVA-1: CLIP at 224 pixels, 256 image tokens): the [SEG] token alone prompts SAM. Recognised "
-            "without the preset too; as a base of READ take a read preset with LISA's folder as --version.",
+            "LISA-7B or -13B (LLaVA-1: CLIP at 224 pixels, 256 image tokens), to be asked: the [SEG] token alone prompts SAM. A "
+            "READ is trained from it with another preset and LISA's folder as --version.",
             sasp=SaspConfig(enabled=False),
-            train={"version": "xinlai/LISA-7B-v1"},
         ),
         Preset(
             "mini",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from model import READConfig, READForCausalLM, READPredictor, READProcessor, SamConfig, SaspConfig, add_lora
-from model.checkpoint import DERIVED, VISION_TOWER, CheckpointError, to_disk_key, to_module_key
+from model.checkpoint import DERIVED, VISION_TOWER, CheckpointError, note_on_points, to_disk_key, to_module_key
 from model.llava import image_features
 from model.sam import infer_sam_config
 
@@ -270,10 +270,19 @@ def lisa(loaded, released, tmp_path):
     return tmp_path
 
 
-def test_lisa_loads_with_its_own_projector_tokens_and_path(lisa, released, caplog):
-    with caplog.at_level("INFO"):
+def test_who_was_trained_without_points(lisa, released, loaded):
+    """LISA's name says so; SESAME's does not, as READ's weights may carry it; of READ there is nothing to say."""
+    assert note_on_points(released[0], loaded.config) is None
+    config = json.loads((lisa / "config.json").read_text())
+    for name, enabled, words in (("LISA", False, "--sasp turns it on"), ("SESAME", True, "--no-sasp is its own path")):
+        (lisa / "config.json").write_text(json.dumps({**config, "architectures": [f"{name}ForCausalLM"]}))
         model = load(lisa, vision_tower=released[1])
-    assert "SasP is off: LISA was trained without points" in caplog.text and not model.config.sasp.enabled
+        assert model.config.sasp.enabled == enabled and words in note_on_points(lisa, model.config)
+
+
+def test_lisa_loads_with_its_own_projector_tokens_and_path(lisa, released):
+    model = load(lisa, vision_tower=released[1])
+    assert not model.config.sasp.enabled
     assert (model.config.seg_token_id, model.config.im_start_id, model.config.im_end_id) == (32003, 32001, 32002)
     tensors = load_file(lisa / "model.safetensors")
     pictures = torch.randn(2, 3, *[model.config.clip_image_size] * 2, generator=torch.Generator().manual_seed(0))

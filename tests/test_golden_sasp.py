@@ -168,7 +168,7 @@ def test_sasp_serves_a_model_that_is_not_ours():
     encoder = model.sam.prompt_encoder
 
     found = select_points(values, size, SaspConfig(num_points=6, down_sample=1), clip_image_size=56)
-    places = found.points * torch.tensor([inside[1] / size[1], inside[0] / size[0]])
+    places = found.points * found.points.new_tensor([inside[1] / size[1], inside[0] / size[0]])
     sparse, dense = encoder(points=(places, found.labels), boxes=None, masks=None)
     logits, _ = model.sam.mask_decoder(
         image_embeddings=embedding, image_pe=encoder.get_dense_pe(),

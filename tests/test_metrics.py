@@ -248,8 +248,10 @@ def test_interval_in_little_memory():
     assert peak < 50e6
 
 
-def test_the_block_of_resamples_does_not_matter():
+@pytest.mark.parametrize("at_once", [3000, 21_000, 10**9])
+def test_the_block_of_resamples_does_not_matter(at_once, monkeypatch):
     """They are drawn a block at a time so that memory stays small; the numbers are those of one large draw."""
+    monkeypatch.setattr(metrics, "RESAMPLED_AT_ONCE", at_once)
     per_image = np.random.default_rng(0).integers(0, 100, (3000, 2)).astype(float)
     drawn = np.random.default_rng(3).integers(3000, size=(900, 3000))
     np.testing.assert_array_equal(metrics.resampled_sums(per_image, 900, 3), [per_image[row].sum(axis=0) for row in drawn])

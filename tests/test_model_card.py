@@ -1,5 +1,6 @@
 """The card of a model folder: filled from the run, readable for the hub, true about the scores."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,21 +8,17 @@ import pytest
 from huggingface_hub import ModelCard
 from tiny_training import ROOT
 
+from model import READConfig
 from model.checkpoint import fingerprint
+from utils.args import TrainArgs
 from utils.model_card import main
 
 BASE = ROOT / "assets/read-mini-base"
 WEIGHTS = fingerprint(str(BASE))
-RUN_SETTINGS = {
-    "train": {
-        "dataset": "refer_seg||reason_seg", "sample_rates": "3, 1", "batch_size": 4, "grad_accumulation_steps": 5, "lora_r": 16,
-        "lora_alpha": 8, "lora_target_modules": "q_proj,v_proj", "epochs": 2, "steps_per_epoch": 30, "lr": 2e-4,
-        "warmup_steps": 10, "precision": "bf16", "ce_loss_weight": 1.0, "bce_loss_weight": 2.0, "dice_loss_weight": 0.5,
-        "sim_loss_weight": 0.0,
-    },
-    "world_size": 2,
-    "versions": {"torch": "2.9", "transformers": "5.1", "peft": "0.1", "deepspeed": "0.2"},
-}  # fmt: skip
+TRAIN = {"preset": "read-7b-val", "dataset": "refer_seg||reason_seg", "sample_rates": "3, 1,", "batch_size": 4,
+         "grad_accumulation_steps": 5, "lora_r": 16, "lora_alpha": 8, "epochs": 2, "steps_per_epoch": 30, "lr": 2e-4,
+         "warmup_steps": 10}  # fmt: skip
+SASP = dataclasses.asdict(READConfig.from_pretrained(BASE).sasp)
 
 
 @pytest.fixture
@@ -30,7 +27,7 @@ def model(tmp_path):
     folder, run = tmp_path / "cups", tmp_path / "run"
     shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("README.md"))
     run.mkdir()
-    (run / "config.json").write_text(json.dumps(RUN_SETTINGS))
+    TrainArgs(**TRAIN).save(run / "config.json", world_size=2, versions={"torch": "2.9", "peft": "0.1"})
     best = {"tag": "step60", "ciou": 0.715, "giou": 0.602, "val_dataset": "ReasonSeg|val"}
     (run / "best.json").write_text(json.dumps(best))
     record = {"run": str(run), "checkpoint": f"{run}/ckpt_model/step60", "base": "someone/llava", "preset": "read-7b-val"}
@@ -43,6 +40,7 @@ def evaluation(folder, weights=WEIGHTS, **changes):
     result = {"dataset": "refcoco", "split": "testA", "giou": 0.76543, "ciou": 0.7, "see": None}
     found = {
         "version": "cups", "checkpoint": weights, "protocol": "forced", "compat": "correct", "limit": None,
+        "templates": "fixed", "conv_type": "llava_v1", "sasp": SASP, "bits": None,
         "command": "python test_read.py --version cups", "results": [result], **changes,
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(found))
@@ -63,15 +61,21 @@ def test_a_card_says_where_the_weights_come_from(model):
 
 
 def test_measured_scores_are_in_the_table_and_in_the_front_matter(model, tmp_path):
-    generated = {"protocol": "generate", "compat": "released", "limit": 9}
-    folders = [evaluation(tmp_path / "one"), evaluation(tmp_path / "two", **generated)]
+    generated = {
+        "protocol": "generate", "compat": "released", "limit": 9, "templates": "random", "conv_type": "vicuna_v1", "bits": 4,
+        "sasp": {**SASP, "num_points": 3},
+    }  # fmt: skip
+    departs = "padding as released, random templates, prompt vicuna_v1, num_points 3, blocks in 4 bits, first 9 pictures"
+    off = {"sasp": {**SASP, "enabled": False}}
+    folders = [evaluation(tmp_path / "one"), evaluation(tmp_path / "two", **generated), evaluation(tmp_path / "three", **off)]
     main([str(model), "--results", *folders, "--name", "me/cups"])
     text = (model / "README.md").read_text()
     assert "| refcoco testA | answers forced | 76.5 | 70.0 |" in text
-    assert "| refcoco testA | answers generated, padding as released, first 9 pictures | 76.5 | 70.0 |" in text
+    assert f"| refcoco testA | answers generated, {departs} | 76.5 | 70.0 |" in text
+    assert "| refcoco testA | answers forced, SasP off | 76.5 | 70.0 |" in text
     assert "    python test_read.py --version cups" in text and "While it was trained" not in text
     found = ModelCard.load(model / "README.md").data.eval_results
-    assert [(one.metric_name, one.metric_value) for one in found] == [("gIoU", 76.54), ("cIoU", 70.0)] * 2
+    assert [(one.metric_name, one.metric_value) for one in found] == [("gIoU", 76.54), ("cIoU", 70.0)] * 3
     assert found[0].dataset_config == "answers forced" != found[2].dataset_config
 
 
@@ -98,5 +102,5 @@ def test_little_is_known_of_a_folder_alone(tmp_path):
     text = (folder / "README.md").read_text()
     assert "Not recorded with this folder." in text and "Not measured yet." in text
     assert ModelCard.load(folder / "README.md").data.base_model is None
-    with pytest.raises(SystemExit, match="config.json|incomplete"):
+    with pytest.raises(SystemExit, match="own layout"):
         main([str(tmp_path)])

@@ -44,7 +44,7 @@ class TrainArgs:
     log_base_dir: str = flag("./runs", "the run is kept in LOG_BASE_DIR/EXP_NAME")
 
     # ---- model
-    version: str = flag("liuhaotian/llava-v1.5-7b", "base: folder or hub id of a READ, SESAME or LLaVA-1.5 checkpoint")
+    version: str = flag("liuhaotian/llava-v1.5-7b", "base: folder or hub id of a READ, SESAME, LISA or LLaVA-1.5 checkpoint")
     vision_tower: str | None = flag(None, "CLIP folder or hub id; unless given, the one that the base names or carries")
     vision_pretrained: str | None = flag(None, "SAM .pth file, for a base without SAM (LLaVA-1.5)")
     precision: str = flag("bf16", "dtype of weights and activations", ("bf16", "fp16", "fp32"))
@@ -67,9 +67,8 @@ class TrainArgs:
     lora_target_modules: str = flag("q_proj,v_proj", "layers of the language model that get LoRA, by comma")
     train_mask_decoder: bool = flag(True, "train SAM's mask decoder too")
 
-    # ---- SasP: unless given, as the preset says, else on, with the values that the base was trained with
-    sasp: bool | None = flag(None, "prompt SAM with points as well (training does so unless told otherwise); --no-sasp is "
-                                   "SESAME's path, the [SEG] token alone")  # fmt: skip
+    # ---- SasP: unless given, as the preset says, else as the base was trained
+    sasp: bool | None = flag(None, "prompt SAM with points as well; --no-sasp is SESAME's path, the [SEG] token alone")
     num_points: int | None = flag(None, "K, points a mask")
     t_pos: float | None = flag(None, "similarity from which on a point is foreground")
     t_neg: float | None = flag(None, "similarity up to which a point is background")
@@ -148,8 +147,6 @@ class TrainArgs:
 
         if self.exp_name is None:
             self.exp_name = self.preset or "read_referseg"
-        if self.sasp is None and not self.eval_only:
-            self.sasp = True  # whatever the base did: READ may start from SESAME or LISA, which have no points
         complaints = []
         for field in dataclasses.fields(self):
             choices, value = field.metadata["choices"], getattr(self, field.name)

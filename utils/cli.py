@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from utils.args import configure_sasp
 
 if TYPE_CHECKING:
     from model import READForCausalLM, READProcessor
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "assets/read-mini-base"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -24,7 +27,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--version", "--pretrained_model_path", dest="version", metavar="MODEL",
-        help=f"folder or hub id of a READ or SESAME checkpoint (default: {DEFAULT_MODEL})",
+        help=f"folder or hub id of a READ, SESAME or LISA checkpoint (default: {DEFAULT_MODEL})",
     )  # fmt: skip
     group.add_argument("--vision_tower", metavar="CLIP", help="CLIP folder or hub id; overrides the checkpoint's")
     group.add_argument("--preset", help="SasP and wording of a preset of model/presets.py instead of the checkpoint's")
@@ -53,6 +56,7 @@ def load_model(options: argparse.Namespace, device: Any) -> tuple[READForCausalL
         OSError, ValueError: the checkpoint cannot be loaded; the message says why.
     """
     from model import READForCausalLM, READProcessor, quantize_language_model
+    from model.checkpoint import note_on_points
 
     version = options.version or DEFAULT_MODEL
     processor = READProcessor.from_pretrained(version, vision_tower=options.vision_tower)
@@ -64,6 +68,8 @@ def load_model(options: argparse.Namespace, device: Any) -> tuple[READForCausalL
         preset=options.preset,
     )
     configure_sasp(model.config, options)
+    if options.preset is None and options.sasp is None and (note := note_on_points(version, model.config)):
+        log.warning("%s: %s", version, note)
     if options.bits:
         quantize_language_model(model, options.bits, device)
     return model.requires_grad_(False).to(device), processor

@@ -2,10 +2,10 @@
 
 DeepSpeed's shards of the chosen checkpoint become float32 weights; these are loaded strictly over the base that the run
 was trained from; LoRA is folded in; OUT receives weights, config, tokenizer, processor and a card (utils/model_card.py),
-and so stands on its own, here and on the hub. Base, LoRA rank, alpha and targets come from RUN/config.json; a base whose
-weights are no longer those is refused. Where the run kept its base in 4 or 8 bits, LoRA is folded into the rounded weights,
-those that it was trained on. The shards stay, unless --delete_shards asks otherwise and the folder just written has been
-loaded again.
+and so stands on its own, here and on the hub (in the layout `released` without card and CLIP tower). Base, LoRA rank, alpha
+and targets come from RUN/config.json; a base whose weights are no longer those is refused. Where the run kept its base in 4
+or 8 bits, LoRA is folded into the rounded weights, those that it was trained on. The shards stay, unless --delete_shards
+asks otherwise and the folder just written has been loaded again.
 
 With --layout adapter nothing is merged: OUT becomes a PEFT adapter, small, that `peft` loads onto the base.
 
@@ -102,11 +102,14 @@ def merge(options: argparse.Namespace) -> None:
         READProcessor.from_pretrained(args.version, **args.processor(model.config)).save_pretrained(partial)
     record = {"run": str(options.run), "checkpoint": str(source), "base": args.version, "preset": args.preset}
     (partial / MERGED_FROM).write_text(json.dumps(record, indent=2) + "\n")
-    if options.layout != "adapter":
-        (partial / CARD).write_text(model_card(partial, options.out.name, record=record, config=model.config))
     if options.overwrite and options.out.exists():
         shutil.rmtree(options.out)
     partial.rename(options.out)
+    if options.layout == "read":
+        try:
+            (options.out / CARD).write_text(model_card(options.out))
+        except (OSError, ValueError, KeyError) as error:  # the model is worth more than its card
+            log.warning("no card was written (python -m utils.model_card %s): %r", options.out, error)
     done = "adapter of %s for %s in %s" if options.layout == "adapter" else "merged %s over %s into %s"
     log.info(done, source, args.version, options.out)
 

@@ -10,6 +10,7 @@ This is an entry script: it may know the model.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from utils.args import CONFIG_NAME, LOSS_FLAGS, TrainArgs
 from utils.cli import plain_errors
 
 if TYPE_CHECKING:
@@ -72,8 +74,6 @@ def model_card(
     model: Path,
     name: str | None = None,
     evaluations: Sequence[dict[str, Any]] = (),
-    record: dict[str, Any] | None = None,
-    config: READConfig | None = None,
 ) -> str:
     """The text of a card.
 
@@ -81,44 +81,48 @@ def model_card(
         model: the folder; its config.json says what the model is, its merged_from.json where it comes from.
         name: what it is called.
         evaluations: contents of results.json files.
-        record, config: what the folder will say, where it is still being written.
 
     Raises:
-        ValueError: the folder is no model, or an evaluation is of other weights.
+        ValueError: the folder is no model in our own layout, or an evaluation is of other weights.
     """
+    from model import READConfig
     from model.checkpoint import fingerprint
-    from model.memory import base_config
 
     name = name or model.resolve().name
-    config = config or base_config(str(model))[0]
+    file = model / "config.json"
+    fields = json.loads(file.read_text()) if file.is_file() else {}
+    if fields.get("model_type") != READConfig.model_type:
+        raise ValueError(f"{model} is no model in READ's own layout, which merge_lora_weight.sh writes: {file} does not say so")
+    config = READConfig.from_dict(fields)
     weights = fingerprint(str(model)) if evaluations else None
     for found in evaluations:
-        if found["checkpoint"] != weights:
+        if found.get("checkpoint") != weights:
             raise ValueError(f"the scores of {found['version']} are those of other weights than {model}: measure this model")
-    if record is None and (model / MERGED_FROM).is_file():
-        record = json.loads((model / MERGED_FROM).read_text())
+    record = json.loads((model / MERGED_FROM).read_text()) if (model / MERGED_FROM).is_file() else None
     return Template(TEMPLATE.read_text()).substitute(
-        front=front_matter(name, evaluations, record),
+        front=front_matter(name, config, evaluations, record),
         name=name,
         path=WITH_POINTS if config.sasp.enabled else "and SAM, prompted with the projected token (SasP is off),",
         sizes=table({"part": "size"} | sizes(config)),
         training=training(record),
-        scores=scores(evaluations, record),
+        scores=scores(config, evaluations, record),
     )
 
 
-def front_matter(name: str, evaluations: Sequence[dict[str, Any]], record: dict[str, Any] | None) -> str:
+def front_matter(
+    name: str, config: READConfig, evaluations: Sequence[dict[str, Any]], record: dict[str, Any] | None
+) -> str:
     """The YAML that the hub reads. A base is named if it is a repository there, not a folder here."""
     from huggingface_hub import EvalResult, ModelCardData
 
     base = record["base"] if record else None
-    on_hub = base is not None and base.count("/") == 1 and not Path(base).exists()
+    on_hub = base is not None and base.count("/") == 1 and base[0] not in "./~" and not Path(base).exists()
     results = [
         EvalResult(
             task_type="image-segmentation",
             dataset_type=result["dataset"],
             dataset_name=f"{result['dataset']} {result['split']}",
-            dataset_config=protocol(found),
+            dataset_config=protocol(found, config),
             dataset_split=result["split"],
             metric_type=metric,
             metric_name=METRICS[metric],
@@ -158,35 +162,30 @@ def training(record: dict[str, Any] | None) -> str:
         return "Not recorded with this folder."
     run = Path(record["run"])
     rows = {"base": f"`{record['base']}`", "preset": record["preset"] or "none", "checkpoint": Path(record["checkpoint"]).name}
-    file = run / "config.json"
-    if file.is_file():
-        kept = json.loads(file.read_text())
-        train = kept["train"]
-        names = [name.strip() for name in train["dataset"].split("||")]
-        mixed = zip(names, train["sample_rates"].split(","), strict=True)
-        per_step = train["batch_size"] * train["grad_accumulation_steps"] * kept["world_size"]
-        method = f"LoRA of rank {train['lora_r']}, alpha {train['lora_alpha']}" if train["lora_r"] else "in full"
-        losses = ", ".join(f"{name} {train[f'{name}_loss_weight']:g}" for name in ("ce", "bce", "dice", "sim"))
-        versions = ", ".join(f"{name} {kept['versions'][name]}" for name in ("torch", "transformers", "peft", "deepspeed"))
+    if (run / CONFIG_NAME).is_file():
+        train = TrainArgs.load(run)
+        kept = json.loads((run / CONFIG_NAME).read_text())
+        per_step = train.batch_size * train.grad_accumulation_steps * kept["world_size"]
+        lora = f"LoRA of rank {train.lora_r}, alpha {train.lora_alpha} on {train.lora_target_modules}"
         rows |= {
-            "data, by rate": ", ".join(f"{dataset} {rate.strip()}" for dataset, rate in mixed),
-            "language model": f"{method} on {train['lora_target_modules']}" if train["lora_r"] else method,
-            "steps": f"at most {train['epochs']} x {train['steps_per_epoch']}, {per_step} pictures each",
-            "learning rate": f"{train['lr']:g}, {train['warmup_steps']} steps of warm-up",
-            "loss": losses,
-            "precision": train["precision"],
-            "packages": versions,
+            "data, by rate": ", ".join(f"{name} {rate:g}" for name, rate in train.mixture()),
+            "language model": lora if train.lora_r else "in full",
+            "steps": f"at most {train.epochs} x {train.steps_per_epoch}, {per_step} pictures each",
+            "learning rate": f"{train.lr:g}, {train.warmup_steps} steps of warm-up",
+            "loss": ", ".join(f"{name} {getattr(train, f'{name}_loss_weight'):g}" for name in LOSS_FLAGS),
+            "precision": train.precision,
+            "packages": ", ".join(f"{name} {version}" for name, version in kept["versions"].items()),
         }
     return table({"setting": "value"} | rows)
 
 
-def scores(evaluations: Sequence[dict[str, Any]], record: dict[str, Any] | None) -> str:
+def scores(config: READConfig, evaluations: Sequence[dict[str, Any]], record: dict[str, Any] | None) -> str:
     """Measured scores with their protocol; what the run itself validated with where there are none."""
     lines = []
     for found in evaluations:
         for result in found["results"]:
             values = [f"{100 * result[metric]:.1f}" if result.get(metric) is not None else "" for metric in METRICS]
-            lines.append(" | ".join(["", f"{result['dataset']} {result['split']}", protocol(found), *values, ""]).strip())
+            lines.append(" | ".join(["", f"{result['dataset']} {result['split']}", protocol(found, config), *values, ""]).strip())
     if lines:
         commands = "".join(f"\n    {found['command']}" for found in evaluations)
         title = " | ".join(["", "data", "protocol", *METRICS.values(), ""]).strip()
@@ -202,11 +201,22 @@ def scores(evaluations: Sequence[dict[str, Any]], record: dict[str, Any] | None)
     return "Not measured yet."
 
 
-def protocol(found: dict[str, Any]) -> str:
-    """How an evaluation asked, in words; never to be mixed."""
+def protocol(found: dict[str, Any], config: READConfig) -> str:
+    """How an evaluation asked, in words, and in what it departs from the model as it comes; never to be mixed."""
     words = ["answers forced" if found["protocol"] == "forced" else "answers generated"]
     if found["compat"] == "released":
         words.append("padding as released")
+    if found["templates"] != "fixed":
+        words.append(f"{found['templates']} templates")
+    if found["conv_type"] != config.conv_type:
+        words.append(f"prompt {found['conv_type']}")
+    own, asked = dataclasses.asdict(config.sasp), found["sasp"]
+    if asked["enabled"] != own["enabled"]:
+        words.append("SasP on" if asked["enabled"] else "SasP off")
+    elif asked["enabled"]:
+        words += [f"{name} {value}" for name, value in asked.items() if value != own[name]]
+    if found["bits"] is not None:
+        words.append(f"blocks in {found['bits']} bits")
     if found["limit"] is not None:
         words.append(f"first {found['limit']} pictures")
     return ", ".join(words)

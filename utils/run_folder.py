@@ -1,6 +1,6 @@
 """The folder of a training run: who may start in it, what it holds before the first step, and its best checkpoint.
 
-Files are named in train_read.py, which alone writes to a run.
+train_read.py says which files a run has.
 """
 
 from __future__ import annotations
