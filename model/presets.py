@@ -107,14 +107,15 @@ PRESETS: dict[str, Preset] = {
             "mini",
             "READ-mini, the embedded default: small enough to fine-tune in minutes on two cores. 12 x 12 image tokens, so "
             "points are chosen without down-sampling, and fewer of them; geometry is exact, since no published number "
-            "hangs on it. The similarity map is supervised (sim), which the published models are not.",
+            "hangs on it. The similarity map is supervised (sim), which the published models are not. Most samples are of "
+            "FP-RefCOCO, since denying is what a short fine-tuning forgets first.",
             sasp=SaspConfig(num_points=10, down_sample=1, geometry="exact"),
             loss=LossConfig(sim=0.5),
             train={
                 "version": "assets/read-mini-base",
                 "dataset_dir": "data/mini",
                 "dataset": "refer_seg||correct_refer_seg||reason_seg",
-                "sample_rates": "4,4,3",
+                "sample_rates": "2,6,3",
                 "refer_seg_data": "refcoco",
                 "correct_refer_seg_data": "fprefcoco",
                 "reason_seg_data": "ReasonSeg|train",
