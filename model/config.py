@@ -100,7 +100,10 @@ class READConfig(PretrainedConfig):
     """Everything `READForCausalLM` is built from.
 
     Token ids are those of the tokenizer that travels with the checkpoint; they are looked up there by name and kept
-    here so that the model needs no tokenizer.
+    here so that the model needs no tokenizer. `projector` is one of `PROJECTORS`.
+
+    Raises:
+        ValueError: another projector.
     """
 
     model_type = "read"

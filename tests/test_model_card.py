@@ -37,7 +37,7 @@ def model(tmp_path):
 
 def evaluation(folder, weights=WEIGHTS, **changes):
     folder.mkdir()
-    result = {"dataset": "refcoco", "split": "testA", "giou": 0.76543, "ciou": 0.7, "see": None}
+    result = {"dataset": "refcoco", "split": "testA", "giou": 0.76543, "ciou": 0.7, "see": None, "failed": []}
     found = {
         "version": "cups", "checkpoint": weights, "protocol": "forced", "compat": "correct", "limit": None,
         "templates": "fixed", "conv_type": "llava_v1", "sasp": SASP, "bits": None,
@@ -77,6 +77,12 @@ def test_measured_scores_are_in_the_table_and_in_the_front_matter(model, tmp_pat
     found = ModelCard.load(model / "README.md").data.eval_results
     assert [(one.metric_name, one.metric_value) for one in found] == [("gIoU", 76.54), ("cIoU", 70.0)] * 3
     assert found[0].dataset_config == "answers forced" != found[2].dataset_config
+
+
+def test_pictures_that_failed_are_not_hidden(model, tmp_path):
+    result = {"dataset": "refcoco", "split": "val", "giou": 0.5, "ciou": 0.4, "see": None, "failed": [{"image_index": 3}] * 2}
+    main([str(model), "--results", evaluation(tmp_path / "one", results=[result])])
+    assert "| refcoco val, 2 pictures failed and left out | answers forced | 50.0 | 40.0 |" in (model / "README.md").read_text()
 
 
 def test_scores_of_other_weights_are_refused(model, tmp_path):

@@ -185,7 +185,9 @@ def scores(config: READConfig, evaluations: Sequence[dict[str, Any]], record: di
     for found in evaluations:
         for result in found["results"]:
             values = [f"{100 * result[metric]:.1f}" if result.get(metric) is not None else "" for metric in METRICS]
-            lines.append(" | ".join(["", f"{result['dataset']} {result['split']}", protocol(found, config), *values, ""]).strip())
+            lost = f", {len(result['failed'])} pictures failed and left out" if result["failed"] else ""
+            data = f"{result['dataset']} {result['split']}{lost}"
+            lines.append(" | ".join(["", data, protocol(found, config), *values, ""]).strip())
     if lines:
         commands = "".join(f"\n    {found['command']}" for found in evaluations)
         title = " | ".join(["", "data", "protocol", *METRICS.values(), ""]).strip()
