@@ -4,7 +4,9 @@
     python benchmarks/evaluation.py --size 7b                       a full-size READ with random weights; wants a GPU
     python benchmarks/evaluation.py --size 7b --precision bf16 --protocols forced --together_only --images 1 --warmup 0
                                                                     what it takes of a machine without one
-    python benchmarks/evaluation.py --size 13b --plan               GiB of weights in every precision; measures nothing
+    python benchmarks/evaluation.py --size 7b --original_expressions 1      a baseline of minutes
+    python benchmarks/evaluation.py --size 13b --plan               GiB of weights in every precision, FLOPs and bytes that the
+                                                                    floors are made of; measures nothing
 
 Both schedules are run by one model on the same pictures and questions, in turns of who is first. In fp32 they must agree, or
 the benchmark fails; in bf16 rounding may tip a word, and the table says in how many answers.
@@ -18,7 +20,14 @@ the benchmark fails; in bf16 rounding may tip a word, and the table says in how 
 
 Seconds are means a picture, after warm-up. A GPU is waited for before and after each stage. Reading pictures is left out, which
 goes on in other processes meanwhile, and so is counting and writing what was found, alike in both. With random weights (--size)
-answers are as long as --max_new_tokens, and a [SEG] is forced at their end.
+answers are as long as --max_new_tokens, and a [SEG] is forced at their end. What happens inside a stage counts to it: a decode
+step counts to the language model with all that it does, its vocabulary head included, since it may be replayed as one CUDA
+graph; "vocabulary head" is what is outside of decode steps, and in the original's schedule all of it (for generated answers, take
+the two stages together to compare).
+
+The floor is what our schedule takes at least for the answers it gave: FLOPs and bytes counted from the model's sizes
+(benchmarks/floors.py), over the speed of a large product and of a large copy, measured in the same run. "of floor" is how many
+times longer `together` takes. SasP and the rest have none.
 """
 
 from __future__ import annotations
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import floors  # noqa: E402
 from benchmarks.loading import memory as memory_field  # noqa: E402
 from benchmarks.random_read import (  # noqa: E402
     SIZES,
@@ -73,6 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--protocols", nargs="+", choices=("forced", "generate"), default=["forced", "generate"])
     parser.add_argument("--expressions", type=int, default=10, help="questions a picture (default: 10)")
+    parser.add_argument(
+        "--original_expressions", type=int, metavar="N",
+        help="the original's schedule generates N of the answers of a picture, its seconds are scaled to all (default: all)",
+    )  # fmt: skip
     parser.add_argument("--images", type=int, default=6, help="pictures that count (default: 6)")
     parser.add_argument("--warmup", type=int, default=1, help="pictures before them (default: 1)")
     parser.add_argument(
@@ -81,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, default=40, help="longest answer (default: 40)")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 without")
     parser.add_argument("--bits", type=int, choices=(8, 4), help="with --size: the language model's blocks in so many bits")
-    parser.add_argument("--plan", action="store_true", help="with --size: counts weights in every precision, runs nothing")
+    parser.add_argument("--plan", action="store_true", help="with --size: counts weights, FLOPs and bytes, runs nothing")
     parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2"), default="sdpa")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
     parser.add_argument(
@@ -116,18 +130,26 @@ def together(
 def original(
     model: READForCausalLM, views: dict, asked: dict, protocol: str, options: argparse.Namespace
 ) -> tuple[list[Answer], list[Segments]]:
-    """The original's schedule for one picture."""
+    """The original's schedule for one picture; of its answers, it writes those of `chosen`."""
     if protocol == "forced":
         for _ in range(len(asked["input_ids"]) - 1):  # CLIP once a conversation; the last time below
             model.encode_images(**views)
         images = model.encode_images(**views)
         return [], [model.segment_answers(images, **asked, share_prefix=False)]
     answers, segments = [], []
-    for ids, mask in zip(asked["input_ids"], asked["attention_mask"], strict=True):
+    for row in chosen(protocol, options):
+        ids, mask = asked["input_ids"][row], asked["attention_mask"][row]
         answer, found = _original_answer(model, views, ids[mask][None], options)
         answers.append(answer)
         segments.append(found)
     return answers, segments
+
+
+def chosen(protocol: str, options: argparse.Namespace) -> list[int]:
+    """The expressions of a picture that the original's schedule goes through: all, or some spread evenly among them."""
+    count = options.original_expressions if protocol == "generate" else None
+    count = options.expressions if count is None else count
+    return [number * options.expressions // count for number in range(count)]
 
 
 def _original_answer(
@@ -214,17 +236,25 @@ def random_pictures(options: argparse.Namespace, model: READForCausalLM, protoco
 
 
 def measure(
-    model: READForCausalLM, asked: list[tuple[dict, dict]], protocol: str, options: argparse.Namespace
+    model: READForCausalLM,
+    asked: list[tuple[dict, dict]],
+    protocol: str,
+    options: argparse.Namespace,
+    counts: floors.Counts,
+    tops: dict[str, float],
 ) -> dict[str, Any]:
-    """Seconds a picture of each stage, by schedule, their ratios, and how far the two agree."""
+    """Seconds a picture of each stage, by schedule, their ratios and floors, and how far the two agree."""
     import torch
 
     run = {"original": original, "together": together}
     names = ["together"] if options.together_only else list(SCHEDULES)
     watch: Stopwatch = model.watch
     total: dict[str, Counter[str]] = {name: Counter() for name in names}
+    floor: Counter[str] = Counter()
+    rows = chosen(protocol, options)
     same = {"answers": 0, "answers_of": 0, "masks": 0, "masks_of": 0, "pixels": 0.0}
     for number, (views, questions) in enumerate(asked):
+        ((beginning, tails),) = floors.lengths(**questions).values()
         views = {
             key: value.to(model.device, model.dtype) if isinstance(value, torch.Tensor) else value
             for key, value in views.items()
@@ -240,10 +270,22 @@ def measure(
             times = watch.take()
             times[REST] = whole - sum(times.values())
             times["total"] = whole
+            if name == "original":
+                times = Counter({stage: t * options.expressions / len(rows) for stage, t in times.items()})
             if number >= options.warmup:
                 total[name].update(times)
         if len(names) == 2 and number >= options.warmup:
-            _compare(found, same)
+            _compare(found, same, rows, options.chunk)
+        if number >= options.warmup:
+            answers, segments = found["together"]
+            masks = [logits for part in segments for logits in part.mask_logits]
+            floor.update(
+                floors.evaluation_floor(
+                    counts, tops, beginning, tails, chunk=options.chunk, itemsize=model.dtype.itemsize, bits=options.bits,
+                    answers=[len(answer) for answer in answers] if protocol == "generate" else None,
+                    masks=len(masks), pixels=sum(logits.numel() for logits in masks),
+                )
+            )  # fmt: skip
         print(f"\r{protocol}: picture {number + 1} of {len(asked)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     count = len(asked) - options.warmup
@@ -251,6 +293,7 @@ def measure(
     result: dict[str, Any] = {
         "seconds": seconds,
         "images_per_second": {name: 1 / s["total"] for name, s in seconds.items()},
+        "floor_seconds": {stage: floor[stage] / count for stage in STAGES if floor[stage] > 0},
     }
     if len(names) == 2:
         ours, theirs = seconds["together"], seconds["original"]
@@ -260,7 +303,7 @@ def measure(
 
 
 def plan(size: str) -> str:
-    """GiB of the weights of a published size, counted on PyTorch's meta device."""
+    """GiB of the weights of a published size, and what its floors are made of, counted on PyTorch's meta device."""
     import torch
 
     from model import memory
@@ -272,7 +315,7 @@ def plan(size: str) -> str:
         ("bf16, blocks in 8 bits", torch.bfloat16, 8), ("bf16, blocks in 4 bits", torch.bfloat16, 4),
     ):  # fmt: skip
         lines.append(f"{name:<26}{memory.weight_bytes(memory.on_meta(config, dtype), bits) / memory.GIB:>6.1f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "at least", floors.counted(floors.count(config))])
 
 
 def forget_peak(device: torch.device) -> None:
@@ -295,12 +338,17 @@ def peak_memory(device: torch.device) -> float | None:
     return memory_field("VmHWM") / 2**30 if PROCESS.is_dir() else None
 
 
-def _compare(found: dict[str, tuple], same: dict[str, Any]) -> None:
-    """Adds up in how much the two schedules agree about one picture."""
+def _compare(found: dict[str, tuple], same: dict[str, Any], rows: list[int], chunk: int) -> None:
+    """Adds up in how much the two schedules agree about one picture, over the expressions that both went through."""
     (answers, segments), (other_answers, other_segments) = found["together"], found["original"]
-    masks, others = (
-        [logits > 0 for part in parts for logits in part.mask_logits] for parts in (segments, other_segments)
-    )
+    answers = [answers[row] for row in rows] if answers else []
+    masks = [
+        logits > 0
+        for number, part in enumerate(segments)
+        for question, logits in zip(part.question.tolist(), part.mask_logits, strict=True)
+        if number * chunk + question in rows
+    ]
+    others = [logits > 0 for part in other_segments for logits in part.mask_logits]
     same["answers"] += sum(a == b for a, b in zip(answers, other_answers, strict=True))
     same["answers_of"] += len(answers)
     same["masks_of"] += len(others)
@@ -311,12 +359,17 @@ def _compare(found: dict[str, tuple], same: dict[str, Any]) -> None:
 
 
 def table(protocol: str, result: dict[str, Any]) -> str:
-    """A row a stage: seconds a picture of each schedule, and how many times less ours takes."""
-    seconds, ratios = result["seconds"], result.get("ratios", {})
-    lines = [f"{protocol:<20}" + "".join(f"{name:>14}" for name in seconds) + (f"{'ratio':>10}" if ratios else "")]
+    """A row a stage: seconds a picture of each schedule, how many times less ours takes, its floor, and how far it is from it."""
+    seconds, ratios, floor = result["seconds"], result.get("ratios", {}), result["floor_seconds"]
+    names = "".join(f"{name:>14}" for name in seconds) + (f"{'ratio':>10}" if ratios else "")
+    lines = [f"{protocol:<20}{names}{'floor':>14}{'of floor':>10}"]
     for stage in STAGES:
         cells = "".join(f"{times[stage]:>12.4f} s" for times in seconds.values())
-        lines.append(f"{stage:<20}{cells}" + (f"{ratios[stage]:>9.1f}x" if stage in ratios else ""))
+        if ratios:
+            cells += f"{ratios[stage]:>9.1f}x" if stage in ratios else " " * 10
+        if stage in floor:
+            cells += f"{floor[stage]:>12.4f} s{seconds['together'][stage] / floor[stage]:>9.1f}x"
+        lines.append(f"{stage:<20}{cells}".rstrip())
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in result["images_per_second"].items())
     lines.append(f"pictures a second: {rates}")
     if "agreement" in result:
@@ -349,6 +402,11 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch_dtype(options.precision, device.type == "cuda")
     results = {}
     with plain_errors("evaluation"):
+        if options.original_expressions is not None and not 1 <= options.original_expressions <= options.expressions:
+            raise ValueError(
+                f"--original_expressions must be from 1 to --expressions {options.expressions}, "
+                f"found {options.original_expressions}"
+            )
         if options.size:
             model = random_model(options.size, dtype, device, options.attn_implementation)
             if options.bits:
@@ -360,7 +418,8 @@ def main(argv: list[str] | None = None) -> None:
             model.requires_grad_(False).to(device)
             processor = READProcessor.from_pretrained(options.version)
         machine = hardware(device)
-        forget_peak(device)  # loading has a benchmark of its own
+        counts, tops = floors.count(model.config), floors.ceilings(device, dtype)
+        forget_peak(device)  # loading has a benchmark of its own, and ceilings take memory of their own
         model.watch = Stopwatch(device)
         watch_model(model.watch, model)
         model.watch.watch(HEAD, model.llava.lm_head)
@@ -368,14 +427,20 @@ def main(argv: list[str] | None = None) -> None:
             asked = (
                 random_pictures(options, model, protocol) if options.size else pictures(options, processor, protocol)
             )
-            results[protocol] = measure(model, asked, protocol, options)
+            with model.decoder.recorded():  # as `utils.evaluate` does: on a GPU, decode steps are CUDA graphs
+                results[protocol] = measure(model, asked, protocol, options, counts, tops)
     peak = peak_memory(device)
     bits = f", blocks in {options.bits} bits" if options.bits else ""
     what = f"READ-{options.size}, random weights{bits}" if options.size else options.version
     print(f"{what}, {str(dtype).removeprefix('torch.')}, {options.expressions} expressions a picture, {options.images} pictures; "
           f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, load {machine['load']}")  # fmt: skip
+    print(floors.text(tops, device))
     for protocol, result in results.items():
         print("\n" + table(protocol, result))
+        run = len(chosen(protocol, options))
+        if run < options.expressions and not options.together_only:
+            print(f"original: ran {run} of the {options.expressions} expressions of each picture, its seconds are scaled to all; "
+                  f"answers and masks are compared for those alone")  # fmt: skip
     if peak is not None:
         print(f"\npeak memory{' of the GPU' if device.type == 'cuda' else ''}, once loaded: {peak:.1f} GiB")
     agreed = [result["agreement"] for result in results.values() if "agreement" in result]
@@ -390,9 +455,11 @@ def main(argv: list[str] | None = None) -> None:
             "model": what,
             "dtype": str(dtype).removeprefix("torch."),
             "expressions": options.expressions,
+            "original_expressions": options.original_expressions,
             "images": options.images,
             "max_new_tokens": options.max_new_tokens,
             "peak_gib": peak,
+            "ceilings": tops,
             "results": results,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)

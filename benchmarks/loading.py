@@ -53,8 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------------ a checkpoint
 
 
-def write_checkpoint(folder: Path, layers: int, layout: str) -> None:
-    """A released-layout folder with random weights, shard by shard, so that it never stands in memory whole."""
+def write_checkpoint(folder: Path, layers: int, layout: str, device: str = "cpu") -> None:
+    """A released-layout folder with random weights, shard by shard, so that it never stands in memory whole.
+
+    The numbers come from `device`: a GPU draws seven billion in a second.
+    """
     import torch
     from accelerate import init_empty_weights
     from safetensors.torch import save_file
@@ -76,7 +79,7 @@ def write_checkpoint(folder: Path, layers: int, layout: str) -> None:
     with init_empty_weights(include_buffers=False):
         shapes = READForCausalLM(config).state_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     size = number = 0
@@ -84,7 +87,8 @@ def write_checkpoint(folder: Path, layers: int, layout: str) -> None:
     entries = [(to_disk_key(key), tensor.shape) for key, tensor in shapes.items()]
     for place, (key, shape) in enumerate(entries):
         # The tower is part of it, as of a base that carries its own: released ones lie beside it.
-        shard[key] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        drawn = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
+        shard[key] = drawn.cpu()
         size += shard[key].numel() * 2
         if size >= SHARD or place == len(entries) - 1:
             name = f"{stem}-{number:05d}.{layout}"
@@ -177,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'layout':<14}{'way':<8}{'on disk':>10}{'seconds':>10}{'peak':>8}{'private':>10}")
     for layout in options.layouts:
         folder = options.folder / f"{layout}-{options.layers}"
-        write_checkpoint(folder, options.layers, layout)
+        write_checkpoint(folder, options.layers, layout, options.device)
         for way in options.ways:
             line = [sys.executable, __file__, "--device", options.device, "--child", way, str(folder)]
             done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)

@@ -10,7 +10,7 @@ it is installed. A GPU is waited for after each pass.
 
     package            the package's blocks, eager
     ours               what `build_sam` makes, eager
-    ours, compiled     with `compile_blocks` (--compile)
+    ours, compiled     with `compile_blocks` (--compile; in half precision)
     ours, WAY          ours with another way to attend (--ways): `tiled`, `folded`, and two that no device uses so far:
                        `biased` gives a fused kernel the relative positions as a bias, written out; `flex` has FlexAttention
                        add them to the scores, and needs torch.compile
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch_size", nargs="+", type=int, help="pictures at a time, one or several (default: 1 and 8 on a GPU, 1 without)"
     )
-    parser.add_argument("--compile", action="store_true", help="measures our blocks compiled too")
+    parser.add_argument("--compile", action="store_true", help="measures our blocks compiled too, in half precision")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[], help="measures these ways to attend too")
     parser.add_argument("--repeats", type=int, default=5, help="passes that count (default: 5)")
     parser.add_argument("--warmup", type=int, default=1, help="passes before them (default: 1)")
@@ -105,7 +105,7 @@ def variants(encoder: ImageEncoderViT, options: argparse.Namespace) -> dict[str,
         return copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
 
     found = {PACKAGE: shared(), OURS: sam_attention.use_fast_attention(shared())}
-    if options.compile:
+    if options.compile and encoder.pos_embed.element_size() == 2:
         found[COMPILED] = sam_attention.compile_blocks(sam_attention.use_fast_attention(shared()))
     for name in options.ways:
         found[f"ours, {name}"] = with_way(sam_attention.use_fast_attention(shared()), name)

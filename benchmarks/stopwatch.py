@@ -19,14 +19,22 @@ if TYPE_CHECKING:
 
 MODEL_PARTS = ("CLIP", "language model", "SAM encoder", "SasP", "mask decoder")
 """Parts of the model that `watch_model` puts a clock on."""
+WHOLES = ("forward",)
+"""Parts around others, which count all the same (`benchmarks/step_time.py` subtracts them)."""
 
 
 class Stopwatch:
-    """Seconds of parts that do not overlap."""
+    """Seconds of parts that do not overlap: what happens inside another part counts to that, and nothing waits for it.
+
+    So a part may hold what cannot be stopped, such as a CUDA graph that is being captured: there a GPU must not be waited for.
+    The parts in `WHOLES` alone do not hide what is inside them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: Counter[str] = Counter()
+        self.depth = 0
+        """Parts that are going on, one inside the other."""
 
     def now(self) -> float:
         """The time once everything that was asked of the device is done."""
@@ -38,9 +46,16 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds what happens inside to a part."""
-        begin = self.now()
-        yield
+        """Adds what happens inside to a part, unless another is going on or it fails."""
+        if self.depth:
+            yield
+            return
+        begin, hides = self.now(), name not in WHOLES
+        self.depth += hides
+        try:
+            yield
+        finally:
+            self.depth -= hides
         self.seconds[name] += self.now() - begin
 
     def wrap(self, name: str, function: Callable) -> Callable:
@@ -54,18 +69,22 @@ class Stopwatch:
         return timed
 
     def watch(self, name: str, module: torch.nn.Module) -> None:
-        """Counts the forward passes of a module to a part."""
+        """Counts the forward passes of a module to a part, as `part` does."""
         begin = 0.0
 
         def before(*_: Any) -> None:
             nonlocal begin
-            begin = self.now()
+            if self.depth == 0:
+                begin = self.now()
+            self.depth += 1
 
-        def after(*_: Any) -> None:
-            self.seconds[name] += self.now() - begin
+        def after(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            self.depth -= 1
+            if self.depth == 0 and output is not None:  # None: it failed
+                self.seconds[name] += self.now() - begin
 
         module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
+        module.register_forward_hook(after, always_call=True)
 
     def take(self) -> Counter[str]:
         """The seconds since the last call."""
@@ -74,12 +93,16 @@ class Stopwatch:
 
 
 def watch_model(watch: Stopwatch, model: READForCausalLM) -> None:
-    """Puts clocks on the parts of a model, for the rest of this process."""
-    from model import sam, sasp
+    """Puts clocks on the parts of a model, for the rest of this process.
+
+    A whole decode step is the language model's: on a GPU it is replayed as one CUDA graph, in which no hook is called.
+    """
+    from model import decoding, sam, sasp
 
     watch.watch("CLIP", model.llava.model.vision_tower)
     watch.watch("CLIP", model.llava.model.multi_modal_projector)
     watch.watch("language model", model.llava.model.language_model)
+    decoding.Decoder.step = watch.wrap("language model", decoding.Decoder.step)
     model.encode_sam_image = watch.wrap("SAM encoder", model.encode_sam_image)  # with its cache
     for name in ("similarity", "select_points"):
         setattr(sasp, name, watch.wrap("SasP", getattr(sasp, name)))

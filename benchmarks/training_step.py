@@ -16,6 +16,9 @@ a graph, the head at supervised places and the last hidden state alone. Seconds 
 medians of the pairs. Memory is on a GPU the peak of PyTorch's allocator, in all and above what was there before the step; on a
 CPU the bytes that autograd keeps of a forward pass, of an extra pass that is not timed (with gradient checkpointing the block
 that is computed again comes on top). Each is measured with and without gradient checkpointing.
+
+The floor is what the shared form takes at least: FLOPs and bytes counted from the model's sizes (benchmarks/floors.py), over the
+speed of a large product and of a large copy, measured in the same run. "of floor" is how many times longer `shared` takes.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import floors  # noqa: E402
 from benchmarks.random_read import PICTURE, SIZES, random_beginning, random_model, random_views, random_words  # noqa: E402
 from benchmarks.step_time import PARTS, step  # noqa: E402
 from benchmarks.stopwatch import Stopwatch, hardware, watch_model  # noqa: E402
@@ -177,6 +181,8 @@ class Measured:
     def __init__(self, model: READForCausalLM, found: list[Batch], options: argparse.Namespace, world: World) -> None:
         import torch
 
+        self.counts, self.ceilings = floors.count(model.config), floors.ceilings(world.device, model.dtype)
+
         self.model, self.batches, self.options, self.device = model, found, options, world.device
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0)
@@ -228,6 +234,9 @@ class Measured:
             "memory_bytes": {way: memory[way] for way in ways},
             "ratios": {},
         }
+        if OURS in fits:
+            bounds = [self._floor(batch, checkpointing) for batch in self.batches[options.warmup :]]
+            result["floor_seconds"] = {p: statistics.median(bound[p] for bound in bounds) for p in bounds[0]}
         for base in BASELINES:
             if OURS in fits and base in fits:
                 pairs = list(zip(seconds[base], seconds[OURS], strict=True))
@@ -237,6 +246,24 @@ class Measured:
                     **self._agreement(last, base),
                 }
         return result
+
+    def _floor(self, batch: Batch, checkpointing: bool) -> dict[str, float]:
+        """Seconds of each part that our way takes at least for a batch."""
+        from model.losses import IGNORE_INDEX
+
+        segmented = (batch.input_ids == self.model.config.seg_token_id).any(dim=1)
+        return floors.training_floor(
+            self.counts,
+            self.ceilings,
+            floors.lengths(batch.input_ids, batch.attention_mask, batch.image_of_question),
+            itemsize=self.model.dtype.itemsize,
+            checkpointing=checkpointing,
+            supervised=int((batch.labels[:, 1:] != IGNORE_INDEX).sum()),
+            segmented=len(batch.image_of_question[segmented].unique()),
+            masks=len(batch.masks),
+            pixels=sum(mask.numel() for mask in batch.masks),
+            trained_bytes=sum(parameter.numel() * parameter.element_size() for parameter in self.trained),
+        )
 
     def _step(self, batch: Batch) -> tuple[dict, int, int] | None:
         """(seconds of each part, peak bytes, peak above what was there) of a step; None if it does not fit the GPU."""
@@ -259,7 +286,9 @@ class Measured:
     def _kept(self, batch: Batch) -> int:
         from model.memory import kept_for_backward
 
-        return kept_for_backward(lambda: self.model(**batch.model_inputs()), self.model)
+        kept = kept_for_backward(lambda: self.model(**batch.model_inputs()), self.model)
+        self.watch.take()  # this pass is not timed
+        return kept
 
     def _agreement(self, batch: Batch, base: str) -> dict[str, float]:
         """How far ours is from a baseline on one batch: loss, and all gradients as one vector, relative to its length."""
@@ -308,18 +337,22 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(name: str, result: dict[str, Any]) -> str:
-    """A row a part: each way, then how many times ours it takes."""
-    ways, ratios = list(result["memory_bytes"]), result["ratios"]
-    lines = [f"{name:<34}" + "".join(f"{way:>12}" for way in ways) + "".join(f"{pair:>20}" for pair in ratios)]
+    """A row a part: each way, how many times ours it takes, the floor, and how far ours is from it."""
+    ways, ratios, floor = list(result["memory_bytes"]), result["ratios"], result.get("floor_seconds", {})
+    lines = []
 
-    def row(label: str, cells: list[str], found: list[str]) -> None:
-        lines.append(f"{label:<34}" + "".join(f"{cell:>12}" for cell in cells) + "".join(f"{cell:>20}" for cell in found))
+    def row(label: str, cells: list[str], found: list[str], bound: tuple[str, ...] = ()) -> None:
+        parts = [*(f"{cell:>12}" for cell in cells), *(f"{cell:>20}" for cell in found), *(f"{cell:>12}" for cell in bound)]
+        lines.append(f"{label:<34}{''.join(parts)}".rstrip())
+
+    row(name, ways, list(ratios), ("floor", "of floor") if floor else ())
 
     if "seconds" in result:
         row("tokens of the language model", [str(result["tokens"].get(way, "-")) for way in ways], [""] * len(ratios))
         for part in TIMED:
             cells = [f"{result['seconds'][way][part]:.4f} s" if way in result["seconds"] else "-" for way in ways]
-            row(part, cells, [f"{r['seconds'][part]:.2f}x" for r in ratios.values()])
+            bound = (f"{floor[part]:.4f} s", f"{result['seconds'][OURS][part] / floor[part]:.1f}x") if floor.get(part) else ()
+            row(part, cells, [f"{r['seconds'][part]:.2f}x" for r in ratios.values()], bound)
     labels = {"peak": "peak memory, GiB", "step": "above what was there, GiB", "kept": "kept for backward, GiB"}
     for key, label in labels.items():
         memory = result["memory_bytes"]
@@ -363,6 +396,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     print(f"{what}, {str(dtype).removeprefix('torch.')}, {options.pictures} pictures with {options.conversations} conversations "
           f"each; {where}")  # fmt: skip
+    if not options.plan:
+        print(floors.text(measured.ceilings, world.device))
     for name, result in results.items():
         print("\n" + table(name, result))
     if options.out is not None:
@@ -377,6 +412,7 @@ def main(argv: list[str] | None = None) -> None:
             "conversations": options.conversations,
             "steps": options.steps,
             "memory": "kept_for_backward" if options.plan or world.device.type != "cuda" else "max_memory_allocated",
+            "ceilings": None if options.plan else measured.ceilings,
             "results": results,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,6 @@ Legend: B pictures · N questions · T tokens (image tokens expanded) · P image
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -80,16 +77,3 @@ def image_states(
         raise ValueError("a [SEG] stands in a conversation without a picture: there is nothing to segment")
     states = hidden_NTD[question_M][is_image[question_M]]
     return states.view(len(question_M), int(counts.max()), hidden_NTD.shape[-1])
-
-
-@contextmanager
-def gather_hidden_states(llava: LlavaForConditionalGeneration) -> Iterator[list[torch.Tensor]]:
-    """Collects the last hidden states (N, t, D) of every forward of the language model, prefill and cached steps alike."""
-    states: list[torch.Tensor] = []
-    hook = llava.model.language_model.register_forward_hook(
-        lambda module, args, output: states.append(output.last_hidden_state)
-    )
-    try:
-        yield states
-    finally:
-        hook.remove()

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from . import checkpoint, llava, losses, sam, sasp
 from .config import READConfig
+from .decoding import Decoder
 from .packing import pack, takes_masks
 from .prefix import CACHE, Prefix, encode_prefix, pad_tails, split_prompts
 from .sam_cache import SamFeatureCache, obstacle
@@ -132,6 +133,7 @@ class READForCausalLM(PreTrainedModel):
             [nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.sam.out_dim), nn.Dropout(0.0))]
         )
         self.sam_cache: SamFeatureCache | None = None
+        self.decoder = Decoder()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> READForCausalLM:
@@ -398,41 +400,25 @@ class READForCausalLM(PreTrainedModel):
             streamer: of transformers, told each token.
         """
         eos = self.llava.config.text_config.eos_token_id
-        extra: dict[str, Any] = {}
         shared = None
         if compat == "released":
             attention_mask = torch.ones_like(attention_mask)
-            length = torch.arange(input_ids.shape[1], device=input_ids.device)
-            extra["position_ids"] = length.expand(len(input_ids), -1)
         elif share_prefix:
             shared = self._shared_prefix(images, input_ids, attention_mask)
         if shared is None:
+            prefix, mask = None, attention_mask
             embeddings = llava.embed_inputs(self.llava, input_ids, images.features, image_of_question)
         else:
-            # The same prompts with the padding between the prefix and the rest. `generate` skips what the cache holds.
+            # The same prompts with the padding between the prefix and the rest.
             prefix, tails = shared
             ids, mask = pad_tails(tails, "left")
             input_ids = torch.cat([prefix.ids.expand(len(ids), -1), ids], dim=1)
-            attention_mask = torch.cat([mask.new_ones(len(ids), len(prefix.ids)), mask], dim=1)
-            embeddings = torch.nn.functional.pad(self.get_input_embeddings()(ids), (0, 0, len(prefix.ids), 0))
-            extra[CACHE] = prefix.cache(image_of_question)
-        with llava.gather_hidden_states(self.llava) as states:
-            result = self.llava.generate(
-                inputs_embeds=embeddings,
-                attention_mask=attention_mask.long(),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                eos_token_id=eos,
-                pad_token_id=0,
-                return_dict_in_generate=True,
-                output_logits=output_logits,
-                streamer=streamer,
-                **extra,
-            )
-        answers = result.sequences  # with inputs_embeds only what was generated comes back
-        hidden = torch.cat(states, dim=1)
+            embeddings = self.get_input_embeddings()(ids)
+        decoded = self.decoder(
+            self.llava, embeddings, mask, prefix, image_of_question,
+            max_new_tokens=max_new_tokens, output_logits=output_logits, streamer=streamer,
+        )  # fmt: skip
+        answers, hidden = decoded.ids, decoded.hidden
         ended = (answers == eos).long().cumsum(dim=1)
         written = ended - (answers == eos).long() == 0  # up to and including the first end token
         question, position, forced = self._answer_segs(input_ids, answers, written, ended[:, -1] > 0, force_segment)
@@ -450,7 +436,7 @@ class READForCausalLM(PreTrainedModel):
             answer_ids=[row[keep].tolist() for row, keep in zip(answers, written, strict=True)],
             segments=segments,
             forced=forced,
-            step_logits=list(result.logits) if output_logits else None,
+            step_logits=decoded.logits,
         )
 
     def _answer_segs(

@@ -147,30 +147,32 @@ def evaluate(
     rows = [expression(record) for records in (kept.taken_over.values() if kept else ()) for record in records]
     failed: list[dict[str, Any]] = []
     in_a_row = 0
+    # Not a terminal (a log file): one line now and then instead of a hundred.
+    every = 0.5 if sys.stderr.isatty() else 15
+    told = tqdm(loader, desc=protocol, unit="image", disable=not progress or rank > 0, mininterval=every)
     try:
-        # Not a terminal (a log file): one line now and then instead of a hundred.
-        every = 0.5 if sys.stderr.isatty() else 15
-        for index, loaded in tqdm(loader, desc=protocol, unit="image", disable=not progress or rank > 0, mininterval=every):
-            begun = time.monotonic()
-            found = loaded if isinstance(loaded, str) else answer(index, loaded)
-            if isinstance(found, str):
-                if strict:
-                    raise ValueError(f"picture {index}: {found}")
-                log.warning("picture %d failed and is left out: %s", index, found)
-                failed.append({"image_index": index, "error": found})
-                in_a_row += 1
-                if in_a_row >= HOPELESS:
-                    raise ValueError(f"{HOPELESS} pictures in a row failed, the last with: {found}")
-                continue
-            in_a_row = 0
-            seconds = (time.monotonic() - begun) / max(len(found), 1)
-            sample = loaded.samples[0]
-            counted = [_count(sample, index, n, prediction, protocol) for n, prediction in enumerate(found)]
-            rows += counted
-            if kept:
-                pairs = enumerate(zip(counted, found, strict=True))
-                kept.add(index, [_record(sample, n, row, prediction, seconds) for n, (row, prediction) in pairs])
-        answer.finish(read.any)
+        with model.decoder.recorded():
+            for index, loaded in told:
+                begun = time.monotonic()
+                found = loaded if isinstance(loaded, str) else answer(index, loaded)
+                if isinstance(found, str):
+                    if strict:
+                        raise ValueError(f"picture {index}: {found}")
+                    log.warning("picture %d failed and is left out: %s", index, found)
+                    failed.append({"image_index": index, "error": found})
+                    in_a_row += 1
+                    if in_a_row >= HOPELESS:
+                        raise ValueError(f"{HOPELESS} pictures in a row failed, the last with: {found}")
+                    continue
+                in_a_row = 0
+                seconds = (time.monotonic() - begun) / max(len(found), 1)
+                sample = loaded.samples[0]
+                counted = [_count(sample, index, n, prediction, protocol) for n, prediction in enumerate(found)]
+                rows += counted
+                if kept:
+                    pairs = enumerate(zip(counted, found, strict=True))
+                    kept.add(index, [_record(sample, n, row, prediction, seconds) for n, (row, prediction) in pairs])
+            answer.finish(read.any)
     except BaseException:
         if kept:
             kept.abandon()

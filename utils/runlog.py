@@ -5,6 +5,7 @@ Only the main process speaks; on other ranks every call does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -108,10 +109,14 @@ class RunLog:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    from importlib.metadata import version
+    """Versions of what decides the numbers, as far as it is installed: to evaluate, DeepSpeed need not be."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")}
+    found = {}
+    for name in ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def drop_records(file: Path, after_step: int, measured_step: int) -> None:

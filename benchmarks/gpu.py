@@ -1,0 +1,68 @@
+"""All rows that want a GPU, one after another, into `benchmarks/results`; some five minutes on an H200.
+
+    python benchmarks/gpu.py                        everything
+    python benchmarks/gpu.py --only sam training    some of it
+    python benchmarks/table.py --write              the README's table from what was found
+
+Each benchmark is a process of its own, so that none holds memory while another runs, and all are forked from this one, which
+imports what they need once. One that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+ROWS = {
+    "sam": ("sam_encoder", "sam_encoder_vit_h_gpu", "--size vit_h --compile --repeats 5 --warmup 2"),
+    "evaluation": ("evaluation", "evaluation_7b_gpu", "--size 7b --images 4 --warmup 2 --original_expressions 2"),
+    "training": ("training_step", "training_step_7b_gpu", "--size 7b --steps 4"),
+    "sasp": ("sasp", "sasp_gpu", ""),
+    "loading": ("loading", "loading_7b_gpu", "--device cuda --layouts safetensors --ways ours"),
+}
+"""Name -> (benchmark, its result, its arguments)."""
+IMPORTS = ("torch", "transformers.models.llava.modeling_llava", "transformers.models.clip.modeling_clip", "model", "dataset")
+"""What takes long to import and touches no GPU yet: a process that has, cannot be forked."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the results")
+    return parser
+
+
+def run(name: str, out: Path) -> None:
+    """One benchmark, in a process of its own."""
+    benchmark, result, arguments = ROWS[name]
+    module = importlib.import_module(f"benchmarks.{benchmark}")
+    module.main([*arguments.split(), "--out", str(out / f"{result}.json")])
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
+    for name in IMPORTS:
+        importlib.import_module(name)
+    failed = []
+    for name in options.only:
+        print(f"\n== {name}: benchmarks/{ROWS[name][0]}.py {ROWS[name][2]}", flush=True)
+        begin = time.perf_counter()
+        process = multiprocessing.get_context("fork").Process(target=run, args=(name, options.out))
+        process.start()
+        process.join()
+        print(f"== {name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        failed += [name] * (process.exitcode != 0)
+    if failed:
+        raise SystemExit(f"gpu: {', '.join(failed)} failed, see above")
+
+
+if __name__ == "__main__":
+    main()

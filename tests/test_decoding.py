@@ -1,0 +1,151 @@
+"""The decoding loop against transformers' own `generate`, and its recorded steps, whose recording a GPU alone can do."""
+
+import pytest
+import torch
+from test_prefix import TAILS, left_padded, split, talkative
+from tiny import EOS, SEG, prompt, tiny_batch
+
+from model import decoding, llava
+
+COUNTS = [1, 2, 3, 7]
+
+
+def asked(count, model, tails=TAILS):
+    """(encoded picture, arguments of the questions)."""
+    views, questions = split(left_padded(tiny_batch([prompt(*t) for t in tails[:count]], [0] * count, sizes=((40, 56),))))
+    return model.encode_images(**views), questions
+
+
+def same(found, expected):
+    """Ids, masks and logits of two generations."""
+    assert found.answer_ids == expected.answer_ids
+    for ours, theirs in zip(found.step_logits, expected.step_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    for ours, theirs in zip(found.segments.mask_logits, expected.segments.mask_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Steps are recorded without a GPU: a recording is the step itself. Gives their number of rows, in order."""
+    made = []
+
+    def recording(model, rows):
+        made.append(len(rows.ids))
+        return lambda: decoding._advance(model, rows)
+
+    monkeypatch.setattr(decoding, "_recordable", lambda model: True)
+    monkeypatch.setattr(decoding, "_recording", recording)
+    return made
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@torch.no_grad()
+def test_answers_are_those_of_transformers(count):
+    """The same ids and logits as `generate` of the library, from the same embeddings."""
+    model = talkative()
+    images, questions = asked(count, model)
+    ours = model.generate_answers(images, **questions, max_new_tokens=9, output_logits=True, share_prefix=False)
+    theirs = model.llava.generate(
+        inputs_embeds=llava.embed_inputs(
+            model.llava, questions["input_ids"], images.features, questions["image_of_question"]
+        ),
+        attention_mask=questions["attention_mask"].long(), max_new_tokens=9, do_sample=False,
+        eos_token_id=EOS, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    for answer, ids in zip(ours.answer_ids, theirs.sequences.tolist(), strict=True):
+        assert answer == ids[: ids.index(EOS) + 1 if EOS in ids else None]
+    for n, answer in enumerate(ours.answer_ids):
+        for step in range(len(answer)):
+            torch.testing.assert_close(ours.step_logits[step][n], theirs.logits[step][n], atol=1e-4, rtol=0)
+    if count == 7:
+        assert len({len(answer) for answer in ours.answer_ids}) > 2
+        assert {SEG in answer for answer in ours.answer_ids} == {True, False}
+
+
+@torch.no_grad()
+def test_more_room_is_made_while_answers_grow(monkeypatch):
+    """The same answers with room for two more tokens at a time."""
+    model = talkative()
+    model.llava.lm_head.weight[EOS] = 0  # nobody ends early
+    images, questions = asked(3, model)
+    expected = model.generate_answers(images, **questions, max_new_tokens=30, output_logits=True)
+    assert all(len(answer) == 30 for answer in expected.answer_ids)
+    monkeypatch.setattr(decoding, "PLACES", 2)
+    same(model.generate_answers(images, **questions, max_new_tokens=30, output_logits=True), expected)
+
+
+@pytest.mark.parametrize("places", [2, 64])
+@torch.no_grad()
+def test_recorded_steps_give_the_same(replayed, monkeypatch, places):
+    """Each number of questions is recorded once, taken up again by other questions, beside fewer or more of them."""
+    model = talkative()
+    expected = {}
+    for count in COUNTS:
+        images, questions = asked(count, model)
+        expected[count] = model.generate_answers(images, **questions, max_new_tokens=8, output_logits=True)
+    assert not replayed
+    monkeypatch.setattr(decoding, "PLACES", places)
+    with model.decoder.recorded():
+        for count in (3, 7, 3, 1, 2, 7, 3):
+            images, questions = asked(count, model)
+            same(model.generate_answers(images, **questions, max_new_tokens=8, output_logits=True), expected[count])
+        if places == 64:  # memory for four rows, then for eight, in which the smaller numbers find room too
+            assert replayed == [3, 7, 3, 1, 2]
+            assert model.decoder._keys[0].shape[0] == 8
+    assert not model.decoder._keys and not model.decoder._recorded and not model.decoder.record
+
+
+@torch.no_grad()
+def test_what_was_recorded_is_of_these_weights(replayed):
+    """Weights that stand elsewhere in memory are another model."""
+    model = talkative()
+    with model.decoder.recorded():
+        images, questions = asked(2, model)
+        model.generate_answers(images, **questions, max_new_tokens=4)
+        assert replayed == [2]
+        model.generate_answers(images, **questions, max_new_tokens=4)
+        assert replayed == [2]
+        model.llava.lm_head.weight = torch.nn.Parameter(model.llava.lm_head.weight.clone())
+        model.generate_answers(images, **questions, max_new_tokens=4)
+        assert replayed == [2, 2]
+
+
+@torch.no_grad()
+def test_an_error_leaves_nothing_behind(replayed):
+    model = talkative()
+    images, questions = asked(2, model)
+
+    class Stops:
+        def put(self, ids):
+            raise KeyboardInterrupt
+
+    with model.decoder.recorded():
+        model.generate_answers(images, **questions, max_new_tokens=4)
+        assert model.decoder._keys
+        with pytest.raises(KeyboardInterrupt):
+            model.generate_answers(images, **questions, max_new_tokens=4, streamer=Stops())
+        assert not model.decoder._keys and not model.decoder._recorded
+        with pytest.raises(ValueError, match="max_new_tokens must be 1 or more"):
+            model.generate_answers(images, **questions, max_new_tokens=0)
+
+
+@torch.no_grad()
+def test_without_recording_no_memory_is_kept():
+    """On a CPU, recorded or not: there is nothing to record."""
+    model = talkative()
+    images, questions = asked(2, model)
+    with model.decoder.recorded():
+        model.generate_answers(images, **questions, max_new_tokens=4)
+        assert not model.decoder._keys
+
+
+@torch.no_grad()
+def test_an_attention_without_masks_is_replaced_while_decoding():
+    model = talkative()
+    images, questions = asked(3, model)
+    expected = model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True)
+    config = model.llava.model.language_model.config
+    config._attn_implementation = "flash_attention_2"
+    same(model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True), expected)
+    assert config._attn_implementation == "flash_attention_2"
