@@ -427,7 +427,7 @@ def main(argv: list[str] | None = None) -> None:
             asked = (
                 random_pictures(options, model, protocol) if options.size else pictures(options, processor, protocol)
             )
-            with model.decoder.recorded():  # as `utils.evaluate` does: on a GPU, decode steps are CUDA graphs
+            with model.recorded():  # as `utils.evaluate` does: on a GPU, decode steps are CUDA graphs
                 results[protocol] = measure(model, asked, protocol, options, counts, tops)
     peak = peak_memory(device)
     bits = f", blocks in {options.bits} bits" if options.bits else ""

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from .packing import takes_masks
+from .packing import attention_with_masks
 from .prefix import CACHE, Prefix
+from .recording import addresses, record, recordable
 
 PLACES = 64
 """Room grows by as many places; attention kernels want a multiple of 16."""
@@ -80,6 +81,8 @@ class _Rows:
     """(N, vocabulary), of the last step."""
     replay: Callable[[], None] | None = None
     """The recorded step."""
+    tries: int = 0
+    """Recordings that were tried: one may fail, and the next would."""
 
 
 @dataclass
@@ -139,17 +142,17 @@ class Decoder:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, found {max_new_tokens}")
-        record = self.record and _recordable(llava)
+        recorded = self.record and recordable(llava)
         done = False
         try:
-            with _attention_with_masks(llava):
+            with attention_with_masks(llava.model.language_model):
                 found = self._decode(
-                    llava, embeddings, mask, prefix, image_of_question, max_new_tokens, output_logits, streamer, record
+                    llava, embeddings, mask, prefix, image_of_question, max_new_tokens, output_logits, streamer, recorded
                 )
             done = True
             return found
         finally:
-            if not (done and record):  # an error may leave half a recording, or hold the memory that the next try needs
+            if not (done and recorded):  # an error may leave half a recording, or hold the memory that the next try needs
                 self.forget()
 
     def _decode(
@@ -162,12 +165,12 @@ class Decoder:
         max_new_tokens: int,
         output_logits: bool,
         streamer: Any,
-        record: bool,
+        recorded: bool,
     ) -> Decoded:
         count, length = mask.shape
         shared = 0 if prefix is None else len(prefix.ids)
         used = shared + length
-        rows = self._rows(llava, count, used + min(max_new_tokens, PLACES), embeddings, record)
+        rows = self._rows(llava, count, used + min(max_new_tokens, PLACES), embeddings, recorded)
         seen = torch.cat([mask.new_ones(count, shared), mask.bool()], dim=1)
         if prefix is not None:
             for number, (keys, values) in enumerate(prefix.layers):
@@ -184,8 +187,8 @@ class Decoder:
         while len(written) < max_new_tokens and not bool(rows.finished.all()):
             # The step writes at place `used`, and opens the next.
             if used + 1 >= rows.bias.shape[-1]:
-                rows = self._grown(llava, rows, count, record)
-            self.step(llava, rows, record)
+                rows = self._grown(llava, rows, count, recorded)
+            self.step(llava, rows, recorded)
             used += 1
             written.append(rows.ids.clone())
             states.append(rows.hidden.clone())
@@ -225,26 +228,27 @@ class Decoder:
 
     # -------------------------------------------------------------------------------------------- steps
 
-    def step(self, llava: LlavaForConditionalGeneration, rows: _Rows, record: bool) -> None:
+    def step(self, llava: LlavaForConditionalGeneration, rows: _Rows, recorded: bool) -> None:
         """One more token of each row: the first time as it stands, then recorded if asked for, from then on replayed."""
         if rows.replay is not None:
             rows.replay()
             return
         _advance(llava, rows)
-        if record:
-            rows.replay = _recording(llava, rows)
+        if recorded and rows.tries == 0:
+            rows.tries = 1
+            rows.replay = record(lambda: _advance(llava, rows))
 
     def _rows(
-        self, llava: LlavaForConditionalGeneration, count: int, room: int, like: torch.Tensor, record: bool
+        self, llava: LlavaForConditionalGeneration, count: int, room: int, like: torch.Tensor, recorded: bool
     ) -> _Rows:
         """Rows for `count` questions with at least `room` places, one to spare; recorded ones are taken up again."""
         text, room = llava.config.text_config, -(-(room + 1) // PLACES) * PLACES
-        if record:
-            made_for = (like.dtype, like.device, _addresses(llava))
+        if recorded:
+            made_for = _read_by_a_step(llava)
             if made_for != self._made_for:
                 self.forget()
                 self._made_for = made_for
-        held = 1 << (count - 1).bit_length() if record else count  # else each larger number would drop all recordings
+        held = 1 << (count - 1).bit_length() if recorded else count  # else each larger number would drop all recordings
         if self._keys:
             rows_held, _, room_held, _ = self._keys[0].shape
             if count > rows_held or room > room_held:
@@ -272,16 +276,16 @@ class Decoder:
                 hidden=like.new_zeros(count, 1, text.hidden_size),
                 logits=like.new_zeros(count, text.vocab_size),
             )
-            if record:
+            if recorded:
                 self._recorded[count] = rows
             return rows
 
-    def _grown(self, llava: LlavaForConditionalGeneration, rows: _Rows, count: int, record: bool) -> _Rows:
+    def _grown(self, llava: LlavaForConditionalGeneration, rows: _Rows, count: int, recorded: bool) -> _Rows:
         """The same rows where there is more room."""
         room = rows.bias.shape[-1]
         keys, values = rows.cache.keys, rows.cache.values
         self._drop()
-        more = self._rows(llava, count, room + PLACES, rows.hidden, record)
+        more = self._rows(llava, count, room + PLACES, rows.hidden, recorded)
         for old, new in zip([*keys, *values], [*more.cache.keys, *more.cache.values], strict=True):
             new[:, :, :room] = old
         for name in ("ids", "position", "finished"):
@@ -304,6 +308,12 @@ def _begin(rows: _Rows, first: torch.Tensor, seen: torch.Tensor, eos: int) -> No
     rows.bias[..., used] = 0
 
 
+def _read_by_a_step(llava: LlavaForConditionalGeneration) -> tuple:
+    """What decides a recorded step: how it attends, and where the weights are."""
+    language_model = llava.model.language_model
+    return language_model.config._attn_implementation, *addresses(language_model, llava.lm_head)
+
+
 def _advance(llava: LlavaForConditionalGeneration, rows: _Rows) -> None:
     """One step, in place and without a question to the device, so that it can be recorded."""
     hidden = llava.model.language_model(
@@ -321,38 +331,3 @@ def _advance(llava: LlavaForConditionalGeneration, rows: _Rows) -> None:
     rows.position += 1
     rows.cache.place += 1
     rows.bias.index_fill_(3, rows.cache.place, 0)
-
-
-def _recording(llava: LlavaForConditionalGeneration, rows: _Rows) -> Callable[[], None]:
-    """Records a step, which is not taken by that, after one like it was; what it gives takes one at each call."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        _advance(llava, rows)
-    return graph.replay
-
-
-def _recordable(llava: LlavaForConditionalGeneration) -> bool:
-    """On a GPU, with weights that are plain tensors and all here."""
-    language_model = llava.model.language_model
-    quantised = getattr(language_model, "is_loaded_in_4bit", False) or getattr(language_model, "is_loaded_in_8bit", False)
-    return llava.device.type == "cuda" and not quantised and not any(hasattr(p, "ds_id") for p in llava.parameters())
-
-
-def _addresses(llava: LlavaForConditionalGeneration) -> tuple:
-    """Where the weights are that a recorded step reads, and how it attends: with other ones it would be another step."""
-    modules = llava.model.language_model, llava.lm_head
-    where = (parameter.data_ptr() for module in modules for parameter in module.parameters())
-    return llava.model.language_model.config._attn_implementation, *where
-
-
-@contextmanager
-def _attention_with_masks(llava: LlavaForConditionalGeneration) -> Iterator[None]:
-    """An attention that can be told who sees what: flash_attention_2 cannot, and has nothing to gain for single tokens."""
-    config = llava.model.language_model.config
-    before = config._attn_implementation
-    if not takes_masks(before):
-        config._attn_implementation = "sdpa"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

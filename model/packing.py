@@ -13,10 +13,13 @@ Legend: N conversations of up to T tokens · R rows of up to t tokens · D hidde
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from utils.conversation import IMAGE_TOKEN_INDEX
 
@@ -27,6 +30,19 @@ PADDING, BEGINNING = -1, 0
 def takes_masks(attn_implementation: str | None) -> bool:
     """True if the attention can be told which token sees which; flash_attention_2 cannot, so nothing is packed for it."""
     return attn_implementation in ("eager", "sdpa")
+
+
+@contextmanager
+def attention_with_masks(language_model: PreTrainedModel) -> Iterator[None]:
+    """An attention that takes masks, for the length of a block; sdpa where the model has another one."""
+    config = language_model.config
+    before = config._attn_implementation
+    if not takes_masks(before):
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 @dataclass
@@ -59,13 +75,20 @@ class PackedRows:
 
 
 def pack(
-    input_ids_NT: torch.Tensor, attention_mask_NT: torch.Tensor, image_of_question_N: torch.Tensor, multiple: int = 1
+    input_ids_NT: torch.Tensor,
+    attention_mask_NT: torch.Tensor,
+    image_of_question_N: torch.Tensor,
+    *,
+    must_save: bool = True,
+    multiple: int | None = None,
 ) -> PackedRows | None:
     """Conversations, padded on either side, with those that begin alike with the same picture in one row.
 
-    One without a picture, or whose beginning differs, has a row of its own. The rows' length is a multiple of `multiple`.
-    None where no two belong together, or the rows would hold no fewer tokens than the conversations do, padding included.
+    One without a picture, or whose beginning differs, has a row of its own. None (with `must_save`) where no two belong
+    together, or the rows would hold no fewer tokens than the conversations do, padding included. The rows' length is a multiple
+    of `multiple`: unless given, on CUDA of 16, as its attention copies a mask in every layer whose rows are not aligned.
     """
+    multiple = multiple or (16 if input_ids_NT.is_cuda else 1)
     # Planned in the host's memory: row by row on a GPU, each question about a length would wait for it.
     ids_NT, mask_NT, images = input_ids_NT.cpu(), attention_mask_NT.cpu().bool(), image_of_question_N.tolist()
     count, longest = ids_NT.shape
@@ -77,7 +100,7 @@ def pack(
         lengths.append(int(slots[-1]) + 1 if len(slots) else 0)
         key = (images[n], *ids[: lengths[n]].tolist()) if lengths[n] else (n, "alone")
         together.setdefault(key, []).append(n)
-    if len(together) == count:
+    if must_save and len(together) == count:
         return None
 
     rows, places, parts, starts = [], [], [], {}
@@ -92,7 +115,7 @@ def pack(
             starts[n] = (r, start)
             start += len(rest)
     width = -(-max(map(len, rows)) // multiple) * multiple
-    if len(rows) * width >= count * longest:
+    if must_save and len(rows) * width >= count * longest:
         return None
 
     where = torch.zeros_like(ids_NT)

@@ -37,6 +37,19 @@ class Prefix:
     layers: list[tuple[torch.Tensor, torch.Tensor]]
     """Keys and values of each layer, (B, heads, L, head width)."""
 
+    @classmethod
+    def of_cache(
+        cls, ids_L: torch.Tensor, hidden_BtD: torch.Tensor, cache: Cache, rows: torch.Tensor | None = None
+    ) -> Prefix:
+        """From what the language model gave for rows that begin with it, one a picture; `rows` (B,) are those of the pictures."""
+        length = len(ids_L)
+
+        def of_pictures(x: torch.Tensor) -> torch.Tensor:
+            return x if rows is None or len(rows) == 1 else x[rows]
+
+        layers = [tuple(of_pictures(x[:, :, :length]) for x in (layer.keys, layer.values)) for layer in cache.layers]
+        return cls(ids_L, of_pictures(hidden_BtD[:, :length]), layers)
+
     def cache(self, image_of_question: torch.Tensor) -> Cache:
         """A cache of N questions (their pictures: (N,) int64) that may grow; the prefix itself stays as it is."""
         cache = DynamicCache()
@@ -85,5 +98,4 @@ def encode_prefix(llava: LlavaForConditionalGeneration, ids_L: torch.Tensor, fea
     rows = torch.arange(count, device=ids_L.device)
     embeddings = llava_adapter.embed_inputs(llava, ids_L.expand(count, -1), features_BPD, rows)
     out = llava.model.language_model(inputs_embeds=embeddings, use_cache=True)
-    layers = [(layer.keys, layer.values) for layer in out[CACHE].layers]
-    return Prefix(ids_L, out.last_hidden_state, layers)
+    return Prefix.of_cache(ids_L, out.last_hidden_state, out[CACHE])

@@ -13,19 +13,22 @@ Legend: B pictures · N questions · T tokens (image tokens expanded) · P image
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from . import checkpoint, llava, losses, sam, sasp
 from .config import READConfig
 from .decoding import Decoder
-from .packing import pack, takes_masks
+from .packing import attention_with_masks, pack, takes_masks
 from .prefix import CACHE, Prefix, encode_prefix, pad_tails, split_prompts
+from .recording import Recorder
 from .sam_cache import SamFeatureCache, obstacle
 
 
@@ -134,6 +137,7 @@ class READForCausalLM(PreTrainedModel):
         )
         self.sam_cache: SamFeatureCache | None = None
         self.decoder = Decoder()
+        self.recorder = Recorder()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> READForCausalLM:
@@ -166,6 +170,12 @@ class READForCausalLM(PreTrainedModel):
         if reason := obstacle(self.sam.image_encoder):
             raise ValueError(f"SAM features cannot be cached: {reason}")
         self.sam_cache = SamFeatureCache(folder)
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """On a GPU, for the length of a block: work whose shapes come back is recorded and replayed (`model.recording`)."""
+        with self.decoder.recorded(), self.recorder.recorded():
+            yield
 
     # -------------------------------------------------------------------------------------------- teacher-forced
 
@@ -280,8 +290,7 @@ class READForCausalLM(PreTrainedModel):
         language_model = self.llava.model.language_model
         if not (self.share_prefix and takes_masks(language_model.config._attn_implementation)):
             return None
-        # CUDA's attention copies a mask in every layer whose rows are not aligned.
-        packed = pack(input_ids, attention_mask, image_of_question, 16 if input_ids.is_cuda else 1)
+        packed = pack(input_ids, attention_mask, image_of_question)
         if packed is None:
             return None
         embeddings = llava.embed_inputs(self.llava, packed.ids, images.features, packed.image)
@@ -301,23 +310,24 @@ class READForCausalLM(PreTrainedModel):
         original_sizes: list[tuple[int, int]],
     ) -> EncodedImages:
         """What depends on B pictures alone, arguments as in `forward`. SAM looks at a picture when a mask is first asked for."""
-        features = llava.image_features(self.llava, clip_images.to(self.dtype))
+        model = self.llava.model
+        features = self.recorder(
+            "CLIP", nn.ModuleList([model.vision_tower, model.multi_modal_projector]),
+            lambda views: llava.image_features(self.llava, views), clip_images.to(self.dtype),
+        )  # fmt: skip
         return EncodedImages(features, sam_images, sam_sizes, original_sizes)
 
-    def _shared_prefix(
+    def _prompts(
         self, images: EncodedImages, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[Prefix, list[torch.Tensor]] | None:
-        """(prefix, N tails) where sharing pays and is possible; the prefix is kept in `images` for the next questions."""
+    ) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+        """(beginning, N tails) where sharing pays and is possible; a prefix of another beginning is forgotten."""
         first, images.asked = not images.asked, True
         if first and len(input_ids) <= len(images):
             return None
         parts = split_prompts(input_ids, attention_mask)
-        if parts is None:
-            return None
-        ids, tails = parts
-        if images.prefix is None or not torch.equal(images.prefix.ids, ids):
-            images.prefix = encode_prefix(self.llava, ids, images.features)
-        return images.prefix, tails
+        if parts and images.prefix is not None and not torch.equal(images.prefix.ids, parts[0]):
+            images.prefix = None
+        return parts
 
     @torch.no_grad()
     def segment_answers(
@@ -336,23 +346,41 @@ class READForCausalLM(PreTrainedModel):
             share_prefix: what the prompts begin with goes through the language model once a picture. Off, each conversation
                 goes through it whole; the results differ by rounding.
         """
-        shared = self._shared_prefix(images, input_ids, attention_mask) if share_prefix else None
-        if shared is None:
+        hidden = self._answer_states(images, input_ids, attention_mask, image_of_question) if share_prefix else None
+        if hidden is None:
             hidden = self._hidden_states(images, input_ids, attention_mask, image_of_question)
-            question, position = llava.seg_positions(input_ids, self.config.seg_token_id)
-            image_states = llava.image_states(hidden, input_ids, question)
-        else:
-            prefix, tails = shared
-            ids, mask = pad_tails(tails, "right")
-            whole_mask = torch.cat([mask.new_ones(len(ids), len(prefix.ids)), mask], dim=1)
-            places = len(prefix.ids) + torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            hidden = self.llava.model.language_model(
-                inputs_embeds=self.get_input_embeddings()(ids), attention_mask=whole_mask, position_ids=places,
-                use_cache=True, **{CACHE: prefix.cache(image_of_question)},
-            ).last_hidden_state  # fmt: skip
-            question, position = llava.seg_positions(ids, self.config.seg_token_id)
-            image_states = prefix.image_states()[image_of_question[question]]
+        question, position = llava.seg_positions(input_ids, self.config.seg_token_id)
+        image_states = llava.image_states(hidden, input_ids, question)
         return self._segment(images, hidden[question, position], image_states, question, image_of_question[question])
+
+    def _answer_states(
+        self,
+        images: EncodedImages,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_of_question: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """What `_hidden_states` gives, from one row a picture, of which the beginning is kept in `images`; None as below."""
+        prompts = self._prompts(images, input_ids, attention_mask)
+        if prompts is None:
+            return None
+        beginning, _ = prompts
+        language_model, prefix = self.llava.model.language_model, images.prefix
+        packed = pack(input_ids, attention_mask, image_of_question, must_save=False)
+        known = 0 if prefix is None else len(beginning)
+        ids, cache = packed.ids[:, known:], DynamicCache() if prefix is None else prefix.cache(packed.image)
+        with attention_with_masks(language_model):
+            out = language_model(
+                inputs_embeds=llava.embed_inputs(self.llava, ids, images.features, packed.image),
+                attention_mask=packed.bias(self.dtype)[:, :, known:], position_ids=packed.places[:, known:],
+                use_cache=True, **{CACHE: cache},
+            )  # fmt: skip
+        hidden = out.last_hidden_state
+        if prefix is not None:
+            hidden = torch.cat([prefix.hidden[packed.image], hidden], dim=1)
+        elif len(packed.image) == len(images):  # each picture was asked about
+            images.prefix = Prefix.of_cache(beginning, hidden, out[CACHE], rows=packed.image.argsort())
+        return packed.unpack(hidden)
 
     def generate_segments(
         self,
@@ -404,13 +432,16 @@ class READForCausalLM(PreTrainedModel):
         if compat == "released":
             attention_mask = torch.ones_like(attention_mask)
         elif share_prefix:
-            shared = self._shared_prefix(images, input_ids, attention_mask)
+            shared = self._prompts(images, input_ids, attention_mask)
         if shared is None:
             prefix, mask = None, attention_mask
             embeddings = llava.embed_inputs(self.llava, input_ids, images.features, image_of_question)
         else:
             # The same prompts with the padding between the prefix and the rest.
-            prefix, tails = shared
+            beginning, tails = shared
+            if images.prefix is None:
+                images.prefix = encode_prefix(self.llava, beginning, images.features)
+            prefix = images.prefix
             ids, mask = pad_tails(tails, "left")
             input_ids = torch.cat([prefix.ids.expand(len(ids), -1), ids], dim=1)
             embeddings = self.get_input_embeddings()(ids)
@@ -524,7 +555,7 @@ class READForCausalLM(PreTrainedModel):
         if self.sam_cache is not None:
             return self.sam_cache.encode(encoder, sam_images)
         with torch.no_grad():
-            return encoder(sam_images)
+            return self.recorder("SAM", encoder, encoder, sam_images)
 
     def _decode_image(
         self,

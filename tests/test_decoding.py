@@ -5,7 +5,7 @@ import torch
 from test_prefix import TAILS, left_padded, split, talkative
 from tiny import EOS, SEG, prompt, tiny_batch
 
-from model import decoding, llava
+from model import decoding, llava, recording
 
 COUNTS = [1, 2, 3, 7]
 
@@ -27,15 +27,15 @@ def same(found, expected):
 
 @pytest.fixture
 def replayed(monkeypatch):
-    """Steps are recorded without a GPU: a recording is the step itself. Gives their number of rows, in order."""
+    """Steps are recorded without a GPU: a recording is the step itself. Gives a list as long as there were recordings."""
     made = []
 
-    def recording(model, rows):
-        made.append(len(rows.ids))
-        return lambda: decoding._advance(model, rows)
+    def record(function):
+        made.append(function)
+        return function
 
-    monkeypatch.setattr(decoding, "_recordable", lambda model: True)
-    monkeypatch.setattr(decoding, "_recording", recording)
+    monkeypatch.setattr(decoding, "recordable", lambda model: True)
+    monkeypatch.setattr(decoding, "record", record)
     return made
 
 
@@ -86,12 +86,14 @@ def test_recorded_steps_give_the_same(replayed, monkeypatch, places):
         expected[count] = model.generate_answers(images, **questions, max_new_tokens=8, output_logits=True)
     assert not replayed
     monkeypatch.setattr(decoding, "PLACES", places)
+    made = []
     with model.decoder.recorded():
         for count in (3, 7, 3, 1, 2, 7, 3):
             images, questions = asked(count, model)
             same(model.generate_answers(images, **questions, max_new_tokens=8, output_logits=True), expected[count])
+            made.append(len(replayed))
         if places == 64:  # memory for four rows, then for eight, in which the smaller numbers find room too
-            assert replayed == [3, 7, 3, 1, 2]
+            assert made == [1, 2, 3, 4, 5, 5, 5]
             assert model.decoder._keys[0].shape[0] == 8
     assert not model.decoder._keys and not model.decoder._recorded and not model.decoder.record
 
@@ -103,12 +105,27 @@ def test_what_was_recorded_is_of_these_weights(replayed):
     with model.decoder.recorded():
         images, questions = asked(2, model)
         model.generate_answers(images, **questions, max_new_tokens=4)
-        assert replayed == [2]
+        assert len(replayed) == 1
         model.generate_answers(images, **questions, max_new_tokens=4)
-        assert replayed == [2]
+        assert len(replayed) == 1
         model.llava.lm_head.weight = torch.nn.Parameter(model.llava.lm_head.weight.clone())
         model.generate_answers(images, **questions, max_new_tokens=4)
-        assert replayed == [2, 2]
+        assert len(replayed) == 2
+
+
+@torch.no_grad()
+def test_where_recording_fails_steps_are_taken_as_they_are(monkeypatch):
+    """Tried once, not at every step."""
+    model = talkative()
+    images, questions = asked(2, model)
+    expected = model.generate_answers(images, **questions, max_new_tokens=8, output_logits=True)
+    tried = []
+    monkeypatch.setattr(decoding, "recordable", lambda model: True)
+    monkeypatch.setattr(decoding, "record", tried.append)
+    with model.decoder.recorded():
+        for _ in range(2):
+            same(model.generate_answers(images, **questions, max_new_tokens=8, output_logits=True), expected)
+    assert len(tried) == 1
 
 
 @torch.no_grad()
@@ -149,3 +166,33 @@ def test_an_attention_without_masks_is_replaced_while_decoding():
     config._attn_implementation = "flash_attention_2"
     same(model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True), expected)
     assert config._attn_implementation == "flash_attention_2"
+
+
+@torch.no_grad()
+def test_what_comes_back_is_recorded_at_the_second_call(monkeypatch):
+    """`Recorder`: as the function, for each shape, each place of the weights; memory is given back."""
+    made = []
+
+    def record(function):
+        made.append(function)
+        function()  # its tensors exist from now on, as those of a graph do
+        return lambda: None
+
+    monkeypatch.setattr(recording, "recordable", lambda module: True)
+    monkeypatch.setattr(recording, "record", record)
+    linear, recorder = torch.nn.Linear(3, 2), recording.Recorder()
+    one, two = torch.randn(1, 3), torch.randn(2, 3)
+    assert torch.equal(recorder("a", linear, linear, one), linear(one)) and not made
+    with recorder.recorded():
+        for expected in (0, 1, 1):
+            assert torch.equal(recorder("a", linear, linear, one), linear(one))
+            assert len(made) == expected
+        recorder("a", linear, linear, two)
+        recorder("b", linear, linear, one)
+        assert len(made) == 1
+        linear.weight = torch.nn.Parameter(linear.weight.clone())
+        recorder("a", linear, linear, one)
+        assert len(made) == 1
+        with torch.enable_grad():
+            assert recorder("a", linear, linear, one).requires_grad
+    assert not recorder._found and not recorder.on

@@ -191,3 +191,23 @@ def test_shared_beginnings_change_neither_loss_nor_gradients():
     (loss, gradient), (shared_loss, shared_gradient) = found
     assert abs(loss - shared_loss) <= 1e-5 * loss
     assert (gradient - shared_gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_recorded_pictures_are_the_same_pictures(dtype):
+    """CLIP and SAM's encoder as they are, while they are recorded, and replayed, of one picture after another."""
+    model = tiny_read().to("cuda", dtype)
+    views = [on_gpu(tiny_batch([prompt(9)], [0], sizes=((40, 56),), seed=seed), dtype) for seed in range(4)]
+    names = ("clip_images", "sam_images", "sam_sizes", "original_sizes")
+
+    def looked_at(batch):
+        images = model.encode_images(**{name: batch[name] for name in names})
+        return images.features, model.encode_sam_image(images.sam_images)
+
+    plain = [looked_at(batch) for batch in views]
+    with model.recorded():
+        found = [looked_at(batch) for batch in views]
+        assert [recording is not None for recording in model.recorder._found.values()] == [True, True]
+    for ours, theirs in zip(found, plain, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])

@@ -131,8 +131,7 @@ def test_what_is_encoded_is_not_encoded_again():
         )
     assert calls["clip"] == calls["sam"] == 1
     prefix = len(prompt()) - 2 + 16  # the picture's one place becomes 16, and what follows it is not shared
-    longest = [max(len(tail) for tail in TAILS[part]) + 3 for part in (slice(0, 3), slice(3, 6), slice(6, 7))]
-    assert calls["tokens"] == prefix + 3 * longest[0] + 3 * longest[1] + longest[2]
+    assert calls["tokens"] == prefix + sum(len(tail) + 3 for tail in TAILS)
 
 
 def test_prompts_that_share_nothing_are_left_whole():

@@ -151,7 +151,7 @@ def evaluate(
     every = 0.5 if sys.stderr.isatty() else 15
     told = tqdm(loader, desc=protocol, unit="image", disable=not progress or rank > 0, mininterval=every)
     try:
-        with model.decoder.recorded():
+        with model.recorded():
             for index, loaded in told:
                 begun = time.monotonic()
                 found = loaded if isinstance(loaded, str) else answer(index, loaded)
