@@ -215,7 +215,7 @@ def random_pictures(options: argparse.Namespace, model: READForCausalLM, protoco
     """As `pictures`, with noise for pictures of 480 x 640 and random words: 38 before the image, 20 to 30 after it."""
     import torch
 
-    from model.prefix import pad_tails
+    from model.packing import pad_rows
 
     config, generator = model.config, torch.Generator().manual_seed(0)
     found = []
@@ -224,7 +224,7 @@ def random_pictures(options: argparse.Namespace, model: READForCausalLM, protoco
         tails = [random_words(20 + i % 11, generator) for i in range(options.expressions)]
         if protocol == "forced":
             tails = [torch.cat([tail, torch.tensor([config.seg_token_id, 2])]) for tail in tails]
-        ids, mask = pad_tails([torch.cat([head, tail]) for tail in tails], "right" if protocol == "forced" else "left")
+        ids, mask = pad_rows([torch.cat([head, tail]) for tail in tails], "right" if protocol == "forced" else "left")
         questions = {
             "input_ids": ids, "attention_mask": mask, "image_of_question": torch.zeros(len(ids), dtype=torch.long)
         }  # fmt: skip

@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 ROWS = {
-    "sam": ("sam_encoder", "sam_encoder_vit_h_gpu", "--size vit_h --compile --repeats 5 --warmup 2"),
-    "evaluation": ("evaluation", "evaluation_7b_gpu", "--size 7b --images 4 --warmup 2 --original_expressions 2"),
+    "evaluation": ("evaluation", "evaluation_7b_gpu", "--size 7b --images 5 --warmup 3 --original_expressions 2"),
     "training": ("training_step", "training_step_7b_gpu", "--size 7b --steps 4"),
     "sasp": ("sasp", "sasp_gpu", ""),
+    "sam": ("sam_encoder", "sam_encoder_vit_h_gpu", "--size vit_h --compile --repeats 5 --warmup 2"),
     "loading": ("loading", "loading_7b_gpu", "--device cuda --layouts safetensors --ways ours"),
 }
 """Name -> (benchmark, its result, its arguments)."""

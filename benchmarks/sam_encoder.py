@@ -11,9 +11,8 @@ it is installed. A GPU is waited for after each pass.
     package            the package's blocks, eager
     ours               what `build_sam` makes, eager
     ours, compiled     with `compile_blocks` (--compile; in half precision)
-    ours, WAY          ours with another way to attend (--ways): `tiled`, `folded`, and two that no device uses so far:
-                       `biased` gives a fused kernel the relative positions as a bias, written out; `flex` has FlexAttention
-                       add them to the scores, and needs torch.compile
+    ours, WAY          ours with one way to attend everywhere (--ways): `tiled`, `folded`, `biased` of ours, and `flex`, which
+                       no device uses so far: FlexAttention adds the relative positions to the scores; it needs torch.compile
 
 The floor is the time that all products, those of padding left out, would take at the speed of the encoder's largest one, which
 is measured in the same turns, and (--peak_tflops) at the speed that the maker states. `error` is the difference from the package
@@ -116,7 +115,7 @@ def with_way(encoder: ImageEncoderViT, name: str) -> ImageEncoderViT:
     """Our encoder, in place, with one way to attend on all devices."""
     from model import sam_attention
 
-    way = {"biased": biased, "flex": flex}.get(name) or getattr(sam_attention, name)
+    way = flex if name == "flex" else getattr(sam_attention, name)
 
     class Other(sam_attention.FastAttention):
         def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -125,25 +124,6 @@ def with_way(encoder: ImageEncoderViT, name: str) -> ImageEncoderViT:
     for block in encoder.blocks:
         block.attn.__class__ = Other
     return encoder
-
-
-def biased(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    size: tuple[int, int],
-    rel_pos_h: torch.Tensor,
-    rel_pos_w: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """As `sam_attention.folded`: the fused kernel gets the terms added up for all queries and keys."""
-    from torch.nn.functional import scaled_dot_product_attention
-
-    from model.sam_attention import relative_terms
-
-    by_row, by_column = relative_terms(q.flatten(0, 1), size, rel_pos_h, rel_pos_w)
-    bias = (by_row[..., None] + by_column[..., None, :]).flatten(3).flatten(1, 2).unflatten(0, q.shape[:2])
-    return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
 def flex(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MODEL_PARTS = ("CLIP", "language model", "SAM encoder", "SasP", "mask decoder")
 """Parts of the model that `watch_model` puts a clock on."""
+RECORDED = {"CLIP": "CLIP", "SAM": "SAM encoder", "masks": "mask decoder"}
+"""What `model.recording` knows a part by, within which nothing may be waited for."""
 WHOLES = ("forward",)
 """Parts around others, which count all the same (`benchmarks/step_time.py` subtracts them)."""
 
@@ -95,19 +97,25 @@ class Stopwatch:
 def watch_model(watch: Stopwatch, model: READForCausalLM) -> None:
     """Puts clocks on the parts of a model, for the rest of this process.
 
-    A whole decode step is the language model's: on a GPU it is replayed as one CUDA graph, in which no hook is called.
+    On a GPU, parts are recorded as CUDA graphs and replayed, when no hook is called: the clocks stand around that. A whole
+    decode step is the language model's.
     """
-    from model import decoding, sam, sasp
+    from model import decoding, recording, sam, sasp
 
-    watch.watch("CLIP", model.llava.model.vision_tower)
-    watch.watch("CLIP", model.llava.model.multi_modal_projector)
     watch.watch("language model", model.llava.model.language_model)
     decoding.Decoder.step = watch.wrap("language model", decoding.Decoder.step)
     model.encode_sam_image = watch.wrap("SAM encoder", model.encode_sam_image)  # with its cache
+    sam.upscale_logits = watch.wrap("mask decoder", sam.upscale_logits)
     for name in ("similarity", "select_points"):
         setattr(sasp, name, watch.wrap("SasP", getattr(sasp, name)))
-    for name in ("decode_masks", "upscale_logits"):
-        setattr(sam, name, watch.wrap("mask decoder", getattr(sam, name)))
+    call = recording.Recorder.__call__
+
+    @wraps(call)
+    def timed(recorder: recording.Recorder, name: str, *args: Any) -> Any:
+        with watch.part(RECORDED[name]):
+            return call(recorder, name, *args)
+
+    recording.Recorder.__call__ = timed
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

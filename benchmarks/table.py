@@ -16,16 +16,19 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- speeds: begin (benchmarks/table.py) -->", "<!-- speeds: end -->"
-HEAD = ("what", "baseline", "ratio", "command")
+HEAD = ("what", "baseline", "ratio", "of the floor", "command")
 
-Row = tuple[str, str, str]
+Row = tuple[str, str, str, str]
+
+
+MEMORY = {"kept": "kept for backward", "peak": "peak memory", "step": "memory above what was there"}
 
 
 def sasp(record: dict[str, Any]) -> list[Row]:
     """Points against the original's rule."""
     base = "a weight for every pixel and point"
     return [
-        (f"points of a mask, K = {record['points']}, {size}", base, _times(found["ratios"]["ours"]))
+        (f"points of a mask, K = {record['points']}, {size}", base, _times(found["ratios"]["ours"]), "")
         for size, found in record["results"].items()
     ]
 
@@ -35,7 +38,7 @@ def evaluation(record: dict[str, Any]) -> list[Row]:
     words = {"forced": "answers forced", "generate": "answers generated"}
     return [
         (f"evaluation of {_model(record)}, {record['expressions']} expressions a picture, {words[protocol]}",
-         "the original's schedule", _times(found["ratios"]["total"]))
+         "the original's schedule", _times(found["ratios"]["total"]), _of_floor(found["seconds"]["together"], found))
         for protocol, found in record["results"].items()
         if "ratios" in found
     ]  # fmt: skip
@@ -49,9 +52,10 @@ def training_step(record: dict[str, Any]) -> list[Row]:
         what = f"training of {_model(record)}, {record['pictures']} x {record['conversations']} conversations, {how}"
         base = "whole conversations, eager attention"
         if "seconds" in ratio:
-            rows.append((f"{what}: time", base, _times(ratio["seconds"]["total"])))
-        if "kept" in ratio.get("memory", {}):
-            rows.append((f"{what}: kept for backward", base, _times(ratio["memory"]["kept"])))
+            rows.append((f"{what}: time", base, _times(ratio["seconds"]["total"]), _of_floor(found["seconds"]["shared"], found)))
+        for key, words in MEMORY.items():
+            if key in ratio.get("memory", {}):
+                rows.append((f"{what}: {words}", base, _times(ratio["memory"][key]), ""))
     return rows
 
 
@@ -61,18 +65,21 @@ def loading(record: dict[str, Any]) -> list[Row]:
     for layout, ways in record["results"].items():
         size = f"{ways['ours']['bytes'] / 1e9:.0f} GB"
         usual = f"a model with weights of its own: {ways['usual']['peak']:.2f}" if "usual" in ways else "bytes on disk"
-        rows.append((f"loading {size} of {layout}: peak memory as a multiple of it", usual, f"{ways['ours']['peak']:.2f}"))
+        rows.append((f"loading {size} of {layout}: peak memory as a multiple of it", usual, f"{ways['ours']['peak']:.2f}", ""))
     return rows
 
 
 def sam_encoder(record: dict[str, Any]) -> list[Row]:
-    """SAM's encoder against the package."""
-    return [
-        (f"SAM's image encoder, {record['size']}, {result['precision']}, {result['batch_size']} at a time",
-         "segment-anything, eager", _times(result["variants"]["ours"]["ratio"]))
-        for result in record["results"]
-        if "ratio" in result["variants"]["ours"]
-    ]  # fmt: skip
+    """SAM's encoder against the package in the same precision, and as it is installed."""
+    rows = []
+    for result in record["results"]:
+        ours, many = result["variants"]["ours"], result["batch_size"]
+        what = f"SAM's image encoder, {record['size']}, {result['precision']}, {many} at a time"
+        floor = f"{ours['seconds'] / result['floor']:.1f}x" if "seconds" in ours else ""
+        for key, base in (("ratio", "segment-anything, eager"), ("ratio_to_fp32", "segment-anything as installed, float32")):
+            if key in ours and (key == "ratio" or result["precision"] != "float32"):
+                rows.append((what, base, _times(ours[key]), floor))
+    return rows
 
 
 KINDS = {
@@ -100,11 +107,17 @@ def table() -> str:
                 place = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
             note = f"{record['date']}, {place}, torch {record['versions']['torch']}"
             notes += [note] * (note not in notes)
-    return "\n".join([*lines, "", f"Measured {'; '.join(notes)}. `x` is how many times less ours takes."])
+    return "\n".join([*lines, "", f"Measured {'; '.join(notes)}. `x` is how many times less ours takes, and of the floor how many times more than counted "
+                      "FLOPs and bytes take at the speed of a large product and copy."])
 
 
 def _times(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
+def _of_floor(seconds: dict[str, float], found: dict[str, Any]) -> str:
+    """How many times longer it takes than counted FLOPs and bytes do at measured speeds."""
+    return f"{seconds['total'] / found['floor_seconds']['total']:.1f}x" if "floor_seconds" in found else ""
 
 
 def _model(record: dict[str, Any]) -> str:

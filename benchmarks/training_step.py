@@ -118,7 +118,7 @@ def random_batches(options: argparse.Namespace, model: READForCausalLM) -> list[
 
     from dataset.types import Batch
     from model.losses import IGNORE_INDEX
-    from model.prefix import pad_tails
+    from model.packing import pad_rows
 
     config, generator = model.config, torch.Generator().manual_seed(0)
     seg, found = torch.tensor([config.seg_token_id, 2]), []
@@ -133,7 +133,7 @@ def random_batches(options: argparse.Namespace, model: READForCausalLM) -> list[
             asked = len(beginning) + len(words) // 2
             rows.append(row)
             labels.append(torch.cat([torch.full((asked,), IGNORE_INDEX), row[asked:]]))
-        ids, mask = pad_tails(rows, "right")
+        ids, mask = pad_rows(rows, "right")
         mask_of = torch.zeros(PICTURE, dtype=torch.uint8)
         mask_of[100:300, 200:400] = 1
         found.append(
@@ -142,7 +142,7 @@ def random_batches(options: argparse.Namespace, model: READForCausalLM) -> list[
                 input_ids=ids,
                 attention_mask=mask,
                 image_of_question=torch.arange(options.pictures).repeat_interleave(options.conversations),
-                labels=pad_tails(labels, "right")[0].masked_fill(~mask, IGNORE_INDEX),
+                labels=pad_rows(labels, "right")[0].masked_fill(~mask, IGNORE_INDEX),
                 masks=[mask_of] * count,
                 exists=[True] * count,
                 samples=[],

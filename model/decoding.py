@@ -1,16 +1,16 @@
 """Greedy answers, token by token: the loop behind `generate_answers`.
 
-    found = Decoder()(llava, embeddings, mask, prefix, image_of_question, max_new_tokens=512)
+    found = Decoder()(llava, states, cache, where, mask, max_new_tokens=512)
     found.ids, found.hidden                                      what was written, and the states [SEG] is looked up in
 
-Keys and values stay in memory whose place does not change, so a step on a GPU can be recorded once (a CUDA graph) and replayed:
-one launch instead of some 1500 for a 7B model, whose kernels are shorter than it takes Python to ask for them. A recording costs
-a fraction of a second and memory for as long as it is kept, so who decodes much asks for it:
+Keys and values stay in memory whose place does not change, so a step on a GPU can be recorded once (`model.recording`) and
+replayed: one launch instead of some 1300 for a 7B model. A recording costs a fraction of a second and memory for as long as it
+is kept, so who decodes much asks for it:
 
-    with model.decoder.recorded(): ...
+    with model.recorded(): ...
 
-Legend: N questions · L tokens of the prefix · t tokens of the longest prompt behind it · a tokens of the longest answer
-· D hidden width · R room, the places for keys and values.
+Legend: N questions · T tokens of the longest prompt · a tokens of the longest answer · D hidden width · R room, the places for
+keys and values.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import Cache, LlavaForConditionalGeneration
 
-from .packing import attention_with_masks
-from .prefix import CACHE, Prefix
+from .packing import CACHE, attention_with_masks
 from .recording import addresses, record, recordable
 
 PLACES = 64
@@ -38,24 +37,24 @@ class Decoded:
     ids: torch.Tensor
     """(N, a) int64 of the answers, 0 behind an end token; every question has an end token, or a is `max_new_tokens`."""
     hidden: torch.Tensor
-    """(N, t + a - 1, D) last hidden states of the prompts behind the prefix and of all that was written but the last token."""
+    """(N, a - 1, D) last hidden states of all that was written but the last token."""
     logits: list[torch.Tensor] | None
     """a tensors (N, vocabulary), if asked for."""
 
 
 class FixedCache:
-    """Keys and values of some rows, each layer (N, heads, R, head width), written at `place`: a cache to transformers' layers."""
+    """Keys and values of some rows, each layer (N, R, heads, head width), written at `place`: a cache to transformers' layers."""
 
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], place: torch.Tensor) -> None:
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
         self.keys, self.values = keys, values
-        self.place = place
-        """(n,) int64: where the next n tokens go."""
+        self.place = torch.zeros(1, dtype=torch.long, device=keys[0].device)
+        """(1,) int64: where the next token goes."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
-        """All keys and values of a layer, the given ones (N, heads, n, head width) among them."""
-        self.keys[layer_idx].index_copy_(2, self.place, keys)
-        self.values[layer_idx].index_copy_(2, self.place, values)
-        return self.keys[layer_idx], self.values[layer_idx]
+        """All keys and values of a layer (N, heads, R, head width), the given ones (N, heads, 1, head width) among them."""
+        for held, new in ((self.keys[layer_idx], keys), (self.values[layer_idx], values)):
+            held.index_copy_(1, self.place, new.transpose(1, 2))
+        return self.keys[layer_idx].transpose(1, 2), self.values[layer_idx].transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Asked for where positions or masks are not given; here both are."""
@@ -123,21 +122,22 @@ class Decoder:
     def __call__(
         self,
         llava: LlavaForConditionalGeneration,
-        embeddings: torch.Tensor,
+        states: torch.Tensor,
+        cache: Cache,
+        where: torch.Tensor,
         mask: torch.Tensor,
-        prefix: Prefix | None = None,
-        image_of_question: torch.Tensor | None = None,
         *,
         max_new_tokens: int,
         output_logits: bool = False,
         streamer: Any = None,
     ) -> Decoded:
-        """Greedy answers to N prompts, padded on the left.
+        """Greedy answers to N prompts that the language model has read.
 
         Args:
-            embeddings: (N, t, D) of the prompts, or of what follows the prefix. mask: (N, t) bool, False for padding; at
-                least the last token of a row is True.
-            prefix: what all prompts about a picture begin with. image_of_question: (N,) int64, whose prefix a row has.
+            states: (N, D) last hidden state of each prompt's last token.
+            cache: keys and values of r rows of t tokens. where: (N, T) int64, at which of the r * t places each token of a
+                prompt stands; rows may hold several prompts.
+            mask: (N, T) bool, False for padding, which is on the left.
             streamer: of transformers, told each token.
         """
         if max_new_tokens < 1:
@@ -146,9 +146,11 @@ class Decoder:
         done = False
         try:
             with attention_with_masks(llava.model.language_model):
-                found = self._decode(
-                    llava, embeddings, mask, prefix, image_of_question, max_new_tokens, output_logits, streamer, recorded
-                )
+                rows = self._rows(llava, *where.shape, min(max_new_tokens, PLACES), states, recorded)
+                for layer, keys, values in zip(cache.layers, rows.cache.keys, rows.cache.values, strict=True):
+                    for held, given in ((keys, layer.keys), (values, layer.values)):
+                        held[:, : where.shape[1]] = given.transpose(1, 2).flatten(0, 1)[where]
+                found = self._decode(llava, rows, states, mask.bool(), max_new_tokens, output_logits, streamer, recorded)
             done = True
             return found
         finally:
@@ -158,73 +160,36 @@ class Decoder:
     def _decode(
         self,
         llava: LlavaForConditionalGeneration,
-        embeddings: torch.Tensor,
-        mask: torch.Tensor,
-        prefix: Prefix | None,
-        image_of_question: torch.Tensor | None,
+        rows: _Rows,
+        states: torch.Tensor,
+        seen: torch.Tensor,
         max_new_tokens: int,
         output_logits: bool,
         streamer: Any,
         recorded: bool,
     ) -> Decoded:
-        count, length = mask.shape
-        shared = 0 if prefix is None else len(prefix.ids)
-        used = shared + length
-        rows = self._rows(llava, count, used + min(max_new_tokens, PLACES), embeddings, recorded)
-        seen = torch.cat([mask.new_ones(count, shared), mask.bool()], dim=1)
-        if prefix is not None:
-            for number, (keys, values) in enumerate(prefix.layers):
-                rows.cache.keys[number][:, :, :shared] = keys[image_of_question]
-                rows.cache.values[number][:, :, :shared] = values[image_of_question]
-        hidden, logits = self._read_prompts(llava, rows, embeddings, seen, shared)
+        logits = llava.lm_head(states)
         first = logits.argmax(dim=-1, keepdim=True)
-        eos = llava.config.text_config.eos_token_id
-        _begin(rows, first, seen, eos)
-        states, kept = [hidden], [logits]
-        written = [first]
+        _begin(rows, first, seen, llava.config.text_config.eos_token_id)
+        written, hidden, kept = [first], [], [logits]
+        used = seen.shape[1]
         if streamer is not None:
             streamer.put(first.flatten().cpu())
         while len(written) < max_new_tokens and not bool(rows.finished.all()):
-            # The step writes at place `used`, and opens the next.
-            if used + 1 >= rows.bias.shape[-1]:
-                rows = self._grown(llava, rows, count, recorded)
+            if used + 1 >= rows.bias.shape[-1]:  # the step writes at place `used`, and opens the next
+                rows = self._grown(llava, rows, recorded)
             self.step(llava, rows, recorded)
             used += 1
             written.append(rows.ids.clone())
-            states.append(rows.hidden.clone())
+            hidden.append(rows.hidden.clone())
             if output_logits:
                 kept.append(rows.logits.clone())
             if streamer is not None:
                 streamer.put(written[-1].flatten().cpu())
         if streamer is not None:
             streamer.end()
-        return Decoded(torch.cat(written, dim=1), torch.cat(states, dim=1), kept if output_logits else None)
-
-    def _read_prompts(
-        self,
-        llava: LlavaForConditionalGeneration,
-        rows: _Rows,
-        embeddings: torch.Tensor,
-        seen: torch.Tensor,
-        shared: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden (N, t, D), logits (N, vocabulary) of the last) of prompts; keys and values go behind the prefix's."""
-        length = embeddings.shape[1]
-        room, device, dtype = rows.bias.shape[-1], embeddings.device, embeddings.dtype
-        place = torch.arange(shared, shared + length, device=device)
-        visible = torch.nn.functional.pad(seen, (0, room - shared - length))[:, None, None, :]
-        visible = visible & (torch.arange(room, device=device) <= place[:, None])
-        cache = FixedCache(rows.cache.keys, rows.cache.values, place)
-        hidden = llava.model.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(
-                ~visible, torch.finfo(dtype).min
-            ),
-            position_ids=(seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, shared:],
-            use_cache=True,
-            **{CACHE: cache},
-        ).last_hidden_state
-        return hidden, llava.lm_head(hidden[:, -1:])[:, 0]
+        nothing = states.new_zeros(len(states), 0, states.shape[1])
+        return Decoded(torch.cat(written, dim=1), torch.cat([nothing, *hidden], dim=1), kept if output_logits else None)
 
     # -------------------------------------------------------------------------------------------- steps
 
@@ -239,10 +204,16 @@ class Decoder:
             rows.replay = record(lambda: _advance(llava, rows))
 
     def _rows(
-        self, llava: LlavaForConditionalGeneration, count: int, room: int, like: torch.Tensor, recorded: bool
+        self,
+        llava: LlavaForConditionalGeneration,
+        count: int,
+        used: int,
+        more: int,
+        like: torch.Tensor,
+        recorded: bool,
     ) -> _Rows:
-        """Rows for `count` questions with at least `room` places, one to spare; recorded ones are taken up again."""
-        text, room = llava.config.text_config, -(-(room + 1) // PLACES) * PLACES
+        """Rows for `count` questions with `used` places taken and `more` to come; recorded ones are taken up again."""
+        text, room = llava.config.text_config, -(-(used + more + 1) // PLACES) * PLACES
         if recorded:
             made_for = _read_by_a_step(llava)
             if made_for != self._made_for:
@@ -250,7 +221,7 @@ class Decoder:
                 self._made_for = made_for
         held = 1 << (count - 1).bit_length() if recorded else count  # else each larger number would drop all recordings
         if self._keys:
-            rows_held, _, room_held, _ = self._keys[0].shape
+            rows_held, room_held = self._keys[0].shape[:2]
             if count > rows_held or room > room_held:
                 self._drop()
                 held, room = max(held, rows_held), max(room, room_held)
@@ -259,18 +230,16 @@ class Decoder:
             if not self._keys:
                 heads, width = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
                 width = getattr(text, "head_dim", None) or width
-                shape = (held, heads, room, width)
+                shape = (held, room, heads, width)
                 self._keys = [like.new_zeros(shape) for _ in range(text.num_hidden_layers)]
                 self._values = [like.new_zeros(shape) for _ in range(text.num_hidden_layers)]
             if count in self._recorded:
                 return self._recorded[count]
-            room = self._keys[0].shape[2]
-            place = torch.zeros(1, dtype=torch.long, device=like.device)
-            whole = place.new_zeros(count, 1)
+            room = self._keys[0].shape[1]
             rows = _Rows(
-                cache=FixedCache([x[:count] for x in self._keys], [x[:count] for x in self._values], place),
-                ids=whole,
-                position=whole.clone(),
+                cache=FixedCache([x[:count] for x in self._keys], [x[:count] for x in self._values]),
+                ids=torch.zeros(count, 1, dtype=torch.long, device=like.device),
+                position=torch.zeros(count, 1, dtype=torch.long, device=like.device),
                 bias=like.new_zeros(count, 1, 1, room),
                 finished=torch.zeros(count, 1, dtype=torch.bool, device=like.device),
                 hidden=like.new_zeros(count, 1, text.hidden_size),
@@ -280,14 +249,13 @@ class Decoder:
                 self._recorded[count] = rows
             return rows
 
-    def _grown(self, llava: LlavaForConditionalGeneration, rows: _Rows, count: int, recorded: bool) -> _Rows:
+    def _grown(self, llava: LlavaForConditionalGeneration, rows: _Rows, recorded: bool) -> _Rows:
         """The same rows where there is more room."""
-        room = rows.bias.shape[-1]
-        keys, values = rows.cache.keys, rows.cache.values
+        (count, room), (keys, values) = rows.bias.shape[::3], (rows.cache.keys, rows.cache.values)
         self._drop()
-        more = self._rows(llava, count, room + PLACES, rows.hidden, recorded)
+        more = self._rows(llava, count, room, PLACES - 1, rows.hidden, recorded)
         for old, new in zip([*keys, *values], [*more.cache.keys, *more.cache.values], strict=True):
-            new[:, :, :room] = old
+            new[:, :room] = old
         for name in ("ids", "position", "finished"):
             getattr(more, name).copy_(getattr(rows, name))
         more.cache.place.copy_(rows.cache.place)

@@ -1,27 +1,33 @@
-"""Training: conversations about one picture in one row, so that what they begin with is computed once, exactly.
+"""Conversations about one picture in one row, so that what they begin with is computed once, exactly.
 
     packed = pack(input_ids, attention_mask, image_of_question)     N conversations -> R rows, or None where nothing is saved
     packed.ids, packed.places, packed.bias(dtype)                   what the language model takes
     packed.unpack(hidden)                                           (R, t, D) -> (N, T, D), as if each had gone through alone
+    Prefix                                                          the beginning of such rows, kept for the next questions
 
 A row is [beginning | rest 1 | rest 2 | ...]. The beginning ends with the last image token. Each rest counts its positions from
 there on and attends to the beginning and to itself, as if the others were not there. Of 680 tokens a conversation shares some
-610: three about one picture take 820 instead of 2040. Loss and gradients are those of each on its own, but for rounding.
+610: three about one picture take 820 instead of 2040. Training and evaluation both do so; in training, loss and gradients are
+those of each conversation on its own, but for rounding.
 
-Legend: N conversations of up to T tokens · R rows of up to t tokens · D hidden width.
+Legend: N conversations of up to T tokens · R rows of up to t tokens · B pictures · L tokens of a beginning · D hidden width.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, LlamaModel, PreTrainedModel
 
 from utils.conversation import IMAGE_TOKEN_INDEX
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+"""The name of the KV cache among transformers' arguments and outputs, which changed within 5.x."""
 
 PADDING, BEGINNING = -1, 0
 """Parts of a row that are no conversation's rest; the rests count from 1 on."""
@@ -137,3 +143,56 @@ def pack(
         part=padded(parts, PADDING),
         where=where.to(input_ids_NT.device),
     )
+
+
+def pad_rows(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids (N, T) int64, mask (N, T) bool) of N rows of ids, padded on the `right` or the `left`."""
+    ids = pad_sequence(rows, batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True, padding_side=side)
+    return ids, mask
+
+
+# ------------------------------------------------------------------------------------------------ kept for the next questions
+
+
+@dataclass
+class Prefix:
+    """What all questions about B pictures begin with, as the language model left it."""
+
+    ids: torch.Tensor
+    """(L,) int64, up to the last image token."""
+    hidden: torch.Tensor
+    """(B, L, D) last hidden states."""
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    """Keys and values of each layer, (B, heads, L, head width)."""
+
+    @classmethod
+    def of_rows(cls, ids_L: torch.Tensor, hidden_BtD: torch.Tensor, cache: Cache, row_of_image: torch.Tensor) -> Prefix:
+        """From what the language model gave for rows that begin with it, one a picture (its row: (B,) int64)."""
+        length = len(ids_L)
+
+        def of_pictures(x: torch.Tensor) -> torch.Tensor:
+            return x if len(row_of_image) == 1 else x[row_of_image]
+
+        layers = [tuple(of_pictures(x[:, :, :length]) for x in (layer.keys, layer.values)) for layer in cache.layers]
+        return cls(ids_L, of_pictures(hidden_BtD[:, :length]), layers)
+
+    def cache(self, image_of_row: torch.Tensor) -> Cache:
+        """A cache of R rows (their pictures: (R,) int64) that may grow; the prefix itself stays as it is."""
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(self.layers):
+            cache.update(keys[image_of_row], values[image_of_row], index)
+        return cache
+
+
+def shared_beginning(input_ids_NT: torch.Tensor, attention_mask_NT: torch.Tensor) -> torch.Tensor | None:
+    """(L,) ids that padded prompts all begin with, up to their last image token; None if one has no image, or they differ."""
+    rows = [row[keep] for row, keep in zip(input_ids_NT, attention_mask_NT.bool(), strict=True)]
+    slots = (rows[0] == IMAGE_TOKEN_INDEX).nonzero()
+    if len(slots) == 0:
+        return None
+    beginning = rows[0][: int(slots[-1]) + 1]
+    length = len(beginning)
+    same = all(torch.equal(row[:length], beginning) for row in rows)
+    whole = all(len(row) > length and not bool((row[length:] == IMAGE_TOKEN_INDEX).any()) for row in rows)
+    return beginning if same and whole else None

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from . import checkpoint, llava, losses, sam, sasp
 from .config import READConfig
 from .decoding import Decoder
-from .packing import attention_with_masks, pack, takes_masks
-from .prefix import CACHE, Prefix, encode_prefix, pad_tails, split_prompts
+from .packing import CACHE, Prefix, attention_with_masks, pack, shared_beginning, takes_masks
 from .recording import Recorder
 from .sam_cache import SamFeatureCache, obstacle
 
@@ -317,18 +316,6 @@ class READForCausalLM(PreTrainedModel):
         )  # fmt: skip
         return EncodedImages(features, sam_images, sam_sizes, original_sizes)
 
-    def _prompts(
-        self, images: EncodedImages, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
-        """(beginning, N tails) where sharing pays and is possible; a prefix of another beginning is forgotten."""
-        first, images.asked = not images.asked, True
-        if first and len(input_ids) <= len(images):
-            return None
-        parts = split_prompts(input_ids, attention_mask)
-        if parts and images.prefix is not None and not torch.equal(images.prefix.ids, parts[0]):
-            images.prefix = None
-        return parts
-
     @torch.no_grad()
     def segment_answers(
         self,
@@ -346,41 +333,68 @@ class READForCausalLM(PreTrainedModel):
             share_prefix: what the prompts begin with goes through the language model once a picture. Off, each conversation
                 goes through it whole; the results differ by rounding.
         """
-        hidden = self._answer_states(images, input_ids, attention_mask, image_of_question) if share_prefix else None
-        if hidden is None:
-            hidden = self._hidden_states(images, input_ids, attention_mask, image_of_question)
+        read = self._read_together(images, input_ids, attention_mask, image_of_question) if share_prefix else None
+        hidden = read[0] if read else self._hidden_states(images, input_ids, attention_mask, image_of_question)
         question, position = llava.seg_positions(input_ids, self.config.seg_token_id)
         image_states = llava.image_states(hidden, input_ids, question)
         return self._segment(images, hidden[question, position], image_states, question, image_of_question[question])
 
-    def _answer_states(
+    def _read_together(
         self,
         images: EncodedImages,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         image_of_question: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """What `_hidden_states` gives, from one row a picture, of which the beginning is kept in `images`; None as below."""
-        prompts = self._prompts(images, input_ids, attention_mask)
-        if prompts is None:
+    ) -> tuple[torch.Tensor, Cache, torch.Tensor] | None:
+        """(states, cache, where) of N conversations from one row a picture, whose beginning is kept in `images` for the next.
+
+        states (N, T, D) are the last hidden ones, as if each had gone through the language model alone; the cache has r rows
+        of t tokens; where (N, T) says at which of the r * t places each token stands. None where there is nothing to share:
+        a first question about each picture, or none of it, or prompts that begin differently.
+        """
+        first, images.asked = not images.asked, True
+        if first and len(input_ids) <= len(images):
             return None
-        beginning, _ = prompts
-        language_model, prefix = self.llava.model.language_model, images.prefix
+        beginning = shared_beginning(input_ids, attention_mask)
+        if beginning is None:
+            return None
+        prefix = images.prefix
+        if prefix is not None and not torch.equal(prefix.ids, beginning):
+            prefix = None
+        language_model = self.llava.model.language_model
         packed = pack(input_ids, attention_mask, image_of_question, must_save=False)
         known = 0 if prefix is None else len(beginning)
-        ids, cache = packed.ids[:, known:], DynamicCache() if prefix is None else prefix.cache(packed.image)
         with attention_with_masks(language_model):
             out = language_model(
-                inputs_embeds=llava.embed_inputs(self.llava, ids, images.features, packed.image),
-                attention_mask=packed.bias(self.dtype)[:, :, known:], position_ids=packed.places[:, known:],
-                use_cache=True, **{CACHE: cache},
-            )  # fmt: skip
-        hidden = out.last_hidden_state
+                inputs_embeds=llava.embed_inputs(self.llava, packed.ids[:, known:], images.features, packed.image),
+                attention_mask=packed.bias(self.dtype)[:, :, known:],
+                position_ids=packed.places[:, known:],
+                use_cache=True,
+                **{CACHE: DynamicCache() if prefix is None else prefix.cache(packed.image)},
+            )
+        states, cache = out.last_hidden_state, out[CACHE]
         if prefix is not None:
-            hidden = torch.cat([prefix.hidden[packed.image], hidden], dim=1)
+            states = torch.cat([prefix.hidden[packed.image], states], dim=1)
         elif len(packed.image) == len(images):  # each picture was asked about
-            images.prefix = Prefix.of_cache(beginning, hidden, out[CACHE], rows=packed.image.argsort())
-        return packed.unpack(hidden)
+            images.prefix = Prefix.of_rows(beginning, states, cache, packed.image.argsort())
+        return packed.unpack(states), cache, packed.where
+
+    def _read_apart(
+        self,
+        images: EncodedImages,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_of_question: torch.Tensor,
+    ) -> tuple[torch.Tensor, Cache, torch.Tensor]:
+        """As `_read_together`, each conversation in a row of its own."""
+        out = self.llava.model.language_model(
+            inputs_embeds=llava.embed_inputs(self.llava, input_ids, images.features, image_of_question),
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=True,
+        )
+        where = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
+        return out.last_hidden_state, out[CACHE], where
 
     def generate_segments(
         self,
@@ -428,37 +442,21 @@ class READForCausalLM(PreTrainedModel):
             streamer: of transformers, told each token.
         """
         eos = self.llava.config.text_config.eos_token_id
-        shared = None
+        read = None
         if compat == "released":
             attention_mask = torch.ones_like(attention_mask)
         elif share_prefix:
-            shared = self._prompts(images, input_ids, attention_mask)
-        if shared is None:
-            prefix, mask = None, attention_mask
-            embeddings = llava.embed_inputs(self.llava, input_ids, images.features, image_of_question)
-        else:
-            # The same prompts with the padding between the prefix and the rest.
-            beginning, tails = shared
-            if images.prefix is None:
-                images.prefix = encode_prefix(self.llava, beginning, images.features)
-            prefix = images.prefix
-            ids, mask = pad_tails(tails, "left")
-            input_ids = torch.cat([prefix.ids.expand(len(ids), -1), ids], dim=1)
-            embeddings = self.get_input_embeddings()(ids)
+            read = self._read_together(images, input_ids, attention_mask, image_of_question)
+        states, cache, where = read or self._read_apart(images, input_ids, attention_mask, image_of_question)
         decoded = self.decoder(
-            self.llava, embeddings, mask, prefix, image_of_question,
+            self.llava, states[:, -1], cache, where, attention_mask,
             max_new_tokens=max_new_tokens, output_logits=output_logits, streamer=streamer,
         )  # fmt: skip
-        answers, hidden = decoded.ids, decoded.hidden
+        answers, hidden = decoded.ids, torch.cat([states, decoded.hidden], dim=1)
         ended = (answers == eos).long().cumsum(dim=1)
         written = ended - (answers == eos).long() == 0  # up to and including the first end token
         question, position, forced = self._answer_segs(input_ids, answers, written, ended[:, -1] > 0, force_segment)
-        if shared is None:
-            prompt_states = hidden[:, : input_ids.shape[1]]
-            image_states = llava.image_states(prompt_states, input_ids, question, released_rows=compat == "released")
-        else:
-            position = position - len(prefix.ids)  # the states of the prefix are not among those gathered
-            image_states = prefix.image_states()[image_of_question[question]]
+        image_states = llava.image_states(states, input_ids, question, released_rows=compat == "released")
         position = position.clamp(max=hidden.shape[1] - 1)  # of an answer cut at its last token
         segments = self._segment(
             images, hidden[question, position], image_states, question, image_of_question[question]
@@ -577,6 +575,9 @@ class READForCausalLM(PreTrainedModel):
             empty = torch.zeros(len(text), 0, dtype=torch.long, device=text.device)
             prompts = sasp.PointPrompts(nothing, empty, nothing.long())
             place = kind = None
-        low_res, scores = sam.decode_masks(self.sam, embedding, place, kind, text)
+        decoder = nn.ModuleList([self.sam.prompt_encoder, self.sam.mask_decoder])
+        low_res, scores = self.recorder(
+            "masks", decoder, lambda *prompt: sam.decode_masks(self.sam, *prompt), embedding, place, kind, text
+        )
         logits = sam.upscale_logits(low_res, self.config.sam.image_size, sam_size, original_size)
         return (logits, scores), prompts

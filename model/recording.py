@@ -33,15 +33,16 @@ def addresses(*modules: nn.Module) -> tuple[int, ...]:
     return tuple(parameter.data_ptr() for module in modules for parameter in module.parameters())
 
 
-def record(function: Callable[[], None]) -> Callable[[], None] | None:
+def record(function: Callable[[], None], pool: tuple[int, int] | None = None) -> Callable[[], None] | None:
     """What repeats the function's work on the GPU, which is not done by recording it; None, with a warning, if that fails.
 
-    The function must have run before, so that nothing is set up in it, and must not ask the GPU for anything.
+    The function must have run before, so that nothing is set up in it, and must not ask the GPU for anything. Recordings of one
+    pool work in the same memory, so what one gives must be taken out of it before another is replayed.
     """
     graph = torch.cuda.CUDAGraph()
     try:
         # What other threads do meanwhile, such as those that watch a process group, is not part of it.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             function()
     except torch.OutOfMemoryError:
         raise
@@ -51,23 +52,27 @@ def record(function: Callable[[], None]) -> Callable[[], None] | None:
     return graph.replay
 
 
+Result = torch.Tensor | tuple[torch.Tensor, ...]
+
+
 @dataclass
 class _Recording:
     """Work on tensors that stay where they are."""
 
-    inputs: tuple[torch.Tensor, ...]
-    result: torch.Tensor
+    inputs: tuple[torch.Tensor | None, ...]
+    result: Result
     replay: Callable[[], None]
 
 
 @dataclass
 class Recorder:
-    """Functions of tensors that give a tensor, recorded for each shape of their inputs."""
+    """Functions of tensors (or None) that give a tensor, or several, recorded for each shape of their inputs."""
 
     on: bool = False
     _found: dict[tuple, _Recording | None] = field(default_factory=dict, repr=False)
     """None after a first call, and where recording failed."""
     _failed: set[tuple] = field(default_factory=set, repr=False)
+    _pool: tuple[int, int] | None = field(default=None, repr=False)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -79,14 +84,15 @@ class Recorder:
             self.on = before
             self._found.clear()
             self._failed.clear()
+            self._pool = None
 
     def __call__(
-        self, name: str, module: nn.Module, function: Callable[..., torch.Tensor], *inputs: torch.Tensor
-    ) -> torch.Tensor:
+        self, name: str, module: nn.Module, function: Callable[..., Result], *inputs: torch.Tensor | None
+    ) -> Result:
         """`function(*inputs)`, which reads the weights of `module`; without a graph for gradients."""
         if not self.on or torch.is_grad_enabled() or not recordable(module):
             return function(*inputs)
-        key = (name, *((x.shape, x.dtype) for x in inputs), addresses(module))
+        key = (name, *(x if x is None else (x.shape, x.dtype) for x in inputs), addresses(module))
         if key not in self._found:
             self._found[key] = None
             return function(*inputs)
@@ -97,12 +103,19 @@ class Recorder:
                 return function(*inputs)
             self._found[key] = found
         for ours, given in zip(found.inputs, inputs, strict=True):
-            ours.copy_(given)
+            if ours is not None:
+                ours.copy_(given)
         found.replay()
-        return found.result.clone()
+        result = found.result
+        return result.clone() if isinstance(result, torch.Tensor) else tuple(x.clone() for x in result)
 
-    def _record(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> _Recording | None:
-        ours = tuple(x.clone() for x in inputs)
-        results: list[torch.Tensor] = []
-        replay = record(lambda: results.append(function(*ours)))
-        return None if replay is None else _Recording(ours, results[-1], replay)
+    def _record(self, function: Callable[..., Result], inputs: tuple[torch.Tensor | None, ...]) -> _Recording | None:
+        ours = tuple(x if x is None else x.clone() for x in inputs)
+        results: list[Result] = []
+        if self._pool is None and ours[0].is_cuda:
+            self._pool = torch.cuda.graph_pool_handle()
+        replay = record(lambda: results.append(function(*ours)), self._pool)
+        if replay is None:
+            self._pool = None  # which is left in the middle of a recording
+            return None
+        return _Recording(ours, results[-1], replay)

@@ -7,7 +7,7 @@ Legend: n masks of one picture · K points · C = 256 channels · S side of SAM'
 from __future__ import annotations
 
 import re
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -108,12 +108,19 @@ def embed_prompts(
     padding = points.new_zeros(len(points), 1, 2)
     coords = torch.cat([points + 0.5, padding], dim=1)  # pixel centres; the extra point the package appends without a box
     labels = torch.cat([labels, labels.new_full((len(labels), 1), -1)], dim=1)[..., None]
-    coords = coords / coords.new_tensor(encoder.input_image_size[::-1])
+    coords = coords / _pair(encoder.input_image_size[::-1], coords.device)
     place = pe._pe_encoding(coords.to(dtype))
     background, foreground = (_only_row(embedding) for embedding in encoder.point_embeddings[:2])
     kind = torch.where(labels == 1, foreground, background)
     embedded = torch.where(labels == -1, _only_row(encoder.not_a_point_embed), place + kind)
     return torch.cat([embedded, text.to(embedded.dtype)], dim=1), dense
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _pair(values: tuple[float, float], device: torch.device) -> torch.Tensor:
+    """(2,) float32, kept on its device: sent there anew, it could not be recorded."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _only_row(embedding: torch.nn.Embedding) -> torch.Tensor:
@@ -156,8 +163,7 @@ def decode_masks(
 
 def to_sam_frame(points: torch.Tensor, sam_size: tuple[int, int], original_size: tuple[int, int]) -> torch.Tensor:
     """(x, y) from pixels of the original picture to pixels of its resized copy in SAM's square (§4-7)."""
-    scale = points.new_tensor([sam_size[1] / original_size[1], sam_size[0] / original_size[0]])
-    return points * scale
+    return points * _pair((sam_size[1] / original_size[1], sam_size[0] / original_size[0]), points.device)
 
 
 def upscale_logits(

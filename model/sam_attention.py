@@ -9,7 +9,8 @@ softmax in another: 16 x 4096 x 4096 scores in a global block of ViT-H at 1024 p
 
     on a CPU      `tiled` makes them piece by piece, and blocks with windows take some rows of windows at a time: what is needed
                   next is then still in the processor's cache
-    elsewhere     `folded` puts the relative positions into longer queries and keys: a fused kernel then needs no scores at all
+    elsewhere     `folded` puts the relative positions into longer queries and keys: a fused kernel then needs no scores at all.
+                  In windows, whose scores are few, `biased` writes them as a bias for such a kernel, which takes less
     everywhere    the padding of windows that reach over the edge goes through the linear layers as one token
 
 Only the classes of existing modules are exchanged, for ones without parameters and state of their own: names, weights,
@@ -32,6 +33,9 @@ from segment_anything.modeling.image_encoder import Attention, Block
 
 TILE = 2**22
 """Bytes of scores that `tiled` makes at a time: what a core's share of a usual cache holds, and enough for a quick product."""
+
+FEW = 2**9
+"""Tokens of a window up to which `biased` takes less than `folded`: from there on, a bias is more to read than longer keys."""
 
 BAND = 2**10
 """Tokens that go through a block with windows, or through an MLP, together on a CPU: enough for a quick product, and no more."""
@@ -78,7 +82,8 @@ class FastBlock(Block):
 
     def forward(self, x_BHWC: torch.Tensor) -> torch.Tensor:
         if x_BHWC.device.type != "cpu":
-            return self._mlp_half(self._attention_half(x_BHWC))
+            # The first block is given channels that lie apart, and what is added to them would lie so in all blocks.
+            return self._mlp_half(self._attention_half(x_BHWC.contiguous()))
         # In bands: windows need no other rows than their own, the MLP not even those.
         B, _, W, _ = x_BHWC.shape
         if not self.window_size:
@@ -115,7 +120,7 @@ class FastAttention(Attention):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """(n, a, hw, d) from as large q, k, v, in the way that is fastest on their device."""
-        way = tiled if q.device.type == "cpu" else folded
+        way = tiled if q.device.type == "cpu" else biased if size[0] * size[1] <= FEW else folded
         return way(q, k, v, size, self.rel_pos_h, self.rel_pos_w, self.scale)
 
 
@@ -154,20 +159,24 @@ def relative_terms(
     embeddings first, by a table made on the CPU, for which a GPU has to wait in every block.
     """
     (h, w), m = size, len(q_mPd)
-    rows, columns = 2 * h - 1, 2 * w - 1
-    by_row = q_mPd @ _resampled(rel_pos_h, rows).flip(0).T
-    by_column = q_mPd @ _resampled(rel_pos_w, columns).flip(0).T
+    by_row = q_mPd @ _distances(rel_pos_h, 2 * h - 1)
+    by_column = q_mPd @ _distances(rel_pos_w, 2 * w - 1)
+    rows, columns = by_row.shape[-1], by_column.shape[-1]
     # With an offset into the whole product: through a view of the part from there on, autograd would lose what is before it.
     by_row = by_row.as_strided((m, h, w, h), (h * w * rows, w * rows - 1, rows, 1), h - 1)
     by_column = by_column.as_strided((m, h, w, w), (h * w * columns, w * columns, columns - 1, 1), w - 1)
     return by_row, by_column
 
 
-def _resampled(rel_pos: torch.Tensor, count: int) -> torch.Tensor:
-    """(count, d): the embeddings, interpolated as in the package where they were made for another size."""
-    if len(rel_pos) == count:
-        return rel_pos
-    return F.interpolate(rel_pos.T[None], size=count, mode="linear")[0].T
+def _distances(rel_pos: torch.Tensor, count: int) -> torch.Tensor:
+    """(d, count or more) the embeddings, the last first, interpolated as in the package where they were made for another size.
+
+    On a GPU zeros fill them up to a multiple of 8, without which products take a slow path.
+    """
+    if len(rel_pos) != count:
+        rel_pos = F.interpolate(rel_pos.T[None], size=count, mode="linear")[0].T
+    spare = 0 if rel_pos.device.type == "cpu" else -count % 8
+    return F.pad(rel_pos.flip(0), (0, 0, 0, spare)).T
 
 
 # ------------------------------------------------------------------------------------------------ ways to attend
@@ -202,6 +211,25 @@ def tiled(
                 out_i[part, queries] = scores.softmax(dim=-1) @ v_i[part]
         out[i : i + windows] = out_i.unflatten(0, (-1, heads)).transpose(1, 2)
     return out.transpose(1, 2)
+
+
+def biased(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    size: tuple[int, int],
+    rel_pos_h: torch.Tensor,
+    rel_pos_w: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """A fused kernel adds the relative positions to the scores, which are written out for it: a query's terms times key marks."""
+    (n, heads, tokens, _), (h, w) = q.shape, size
+    terms = relative_terms(q.flatten(0, 1), size, rel_pos_h, rel_pos_w)
+    marks = key_marks(h, w, -(h + w) % 8, q.dtype, q.device)
+    spare = q.new_zeros(1).expand(n * heads, h, w, marks.shape[1] - h - w)
+    # Rows of the bias are a multiple of 8 long too, of which the kernel sees what there are keys for.
+    bias = torch.cat([*terms, spare], dim=-1).flatten(1, 2) @ F.pad(marks, (0, 0, 0, -tokens % 8)).T
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unflatten(0, (n, heads))[..., :tokens], scale=scale)
 
 
 def folded(

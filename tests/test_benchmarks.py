@@ -212,10 +212,11 @@ def small_ceilings(monkeypatch):
 @pytest.fixture
 def clocks_off_afterwards(monkeypatch):
     """`watch_model` is for the rest of a process, which here goes on."""
-    from model import decoding, sam, sasp
+    from model import decoding, recording, sam, sasp
 
     for owner, names in (
-        (sasp, ("similarity", "select_points")), (sam, ("decode_masks", "upscale_logits")), (decoding.Decoder, ("step",)),
+        (sasp, ("similarity", "select_points")), (sam, ("upscale_logits",)), (decoding.Decoder, ("step",)),
+        (recording.Recorder, ("__call__",)),
     ):  # fmt: skip
         for name in names:
             monkeypatch.setattr(owner, name, getattr(owner, name))
@@ -250,6 +251,36 @@ def test_a_baseline_of_some_expressions(small_ceilings, clocks_off_afterwards, d
         assert {"CLIP", "language model", "total"} <= set(floor) and set(floor) <= set(seconds)
         assert seconds["total"] == pytest.approx(sum(t for stage, t in seconds.items() if stage != "total"))
     assert found["seconds"]["together"]["vocabulary head"] < found["seconds"]["together"]["language model"]
+
+
+def test_no_clock_is_read_while_a_gpu_is_recorded(small_ceilings, clocks_off_afterwards, data, monkeypatch, capsys):
+    """It would have to be waited for, which ends the recording. Here one is played: what is recorded runs, and counts nothing."""
+    from benchmarks import evaluation
+    from benchmarks.stopwatch import MODEL_PARTS, Stopwatch
+    from model import decoding, recording
+
+    recorded, now = [], Stopwatch.now
+
+    def record(function, pool=None):
+        recorded.append(function)
+        monkeypatch.setattr(Stopwatch, "now", lambda watch: pytest.fail("the clock was read"))
+        with monkeypatch.context() as undone:
+            undone.setattr(decoding, "_advance", lambda *_: None)  # a step that is recorded is not taken
+            function()
+        monkeypatch.setattr(Stopwatch, "now", now)
+
+    for module in (decoding, recording):
+        monkeypatch.setattr(module, "record", record)
+        monkeypatch.setattr(module, "recordable", lambda module: True)
+    evaluation.main(
+        ["--dataset_dir", str(data), "--images", "1", "--warmup", "1", "--expressions", "3", "--together_only",
+         "--precision", "fp32", "--protocols", "forced", "generate"]
+    )  # fmt: skip
+    assert len(recorded) > 3
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for part in MODEL_PARTS:
+        found = [float(line[len(part.split())]) for line in lines if line[: len(part.split())] == part.split()]
+        assert len(found) == 2 and min(found) > 0, part
 
 
 @pytest.mark.parametrize("wrong", ["0", "5"])

@@ -173,7 +173,7 @@ def test_what_comes_back_is_recorded_at_the_second_call(monkeypatch):
     """`Recorder`: as the function, for each shape, each place of the weights; memory is given back."""
     made = []
 
-    def record(function):
+    def record(function, pool):
         made.append(function)
         function()  # its tensors exist from now on, as those of a graph do
         return lambda: None

@@ -169,14 +169,14 @@ def test_together_is_as_alone(
     """
     model, processor = tiny
     samples = torch.utils.data.Subset(build_eval("fprefcoco", "val", data, protocol=protocol), range(2))
-    kept, real, shared = [], model._prompts, []
+    kept, real, shared = [], model._read_together, []
 
     def share(*args):
         shared.append(real(*args))
         return shared[-1]
 
     for chunk, prefix in ((1, lambda *_: None), (7, share), (100, share)):
-        monkeypatch.setattr(model, "_prompts", prefix)
+        monkeypatch.setattr(model, "_read_together", prefix)
         path = tmp_path / f"{chunk}.jsonl"
         evaluate(
             model, processor, samples, protocol=protocol, max_new_tokens=12, predictions_path=path, chunk=chunk,

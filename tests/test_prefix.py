@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import EOS, SEG, prompt, tiny_batch, tiny_read
 
-from model.prefix import pad_tails, split_prompts
+from model.packing import pad_rows, shared_beginning
 from utils.conversation import IMAGE_TOKEN_INDEX
 
 TAILS = ([9, 10, 11], [12], [13, 14, 15, 16, 17, 18], [19, 20], [21, 22, 23, 24], [25, 26, 27], [28, 9, 30, 31, 32, 33, 34])
@@ -137,16 +137,15 @@ def test_what_is_encoded_is_not_encoded_again():
 def test_prompts_that_share_nothing_are_left_whole():
     ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 5], [1, IMAGE_TOKEN_INDEX, 6], [2, IMAGE_TOKEN_INDEX, 7], [1, 4, 5]])
     mask = torch.ones_like(ids)
-    prefix, tails = split_prompts(ids[:2], mask[:2])
-    assert prefix.tolist() == [1, IMAGE_TOKEN_INDEX] and [tail.tolist() for tail in tails] == [[5], [6]]
-    assert split_prompts(ids[1:3], mask[1:3]) is None  # they begin differently
-    assert split_prompts(ids[[0, 3]], mask[[0, 3]]) is None and split_prompts(ids[3:], mask[3:]) is None  # no image
+    assert shared_beginning(ids[:2], mask[:2]).tolist() == [1, IMAGE_TOKEN_INDEX]
+    assert shared_beginning(ids[1:3], mask[1:3]) is None  # they begin differently
+    assert shared_beginning(ids[[0, 3]], mask[[0, 3]]) is None and shared_beginning(ids[3:], mask[3:]) is None  # no image
 
 
-def test_tails_are_padded_on_either_side():
-    tails = [torch.tensor([5]), torch.tensor([6, 7])]
-    assert pad_tails(tails, "right")[0].tolist() == [[5, 0], [6, 7]]
-    ids, mask = pad_tails(tails, "left")
+def test_rows_are_padded_on_either_side():
+    rows = [torch.tensor([5]), torch.tensor([6, 7])]
+    assert pad_rows(rows, "right")[0].tolist() == [[5, 0], [6, 7]]
+    ids, mask = pad_rows(rows, "left")
     assert ids.tolist() == [[0, 5], [6, 7]] and mask.tolist() == [[False, True], [True, True]]
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model import llava, sasp
-from utils.conversation import IMAGE_TOKEN_INDEX
+from model.packing import pack
 
 if TYPE_CHECKING:
     from model import EncodedImages, READForCausalLM, Segments
@@ -164,15 +164,12 @@ def _states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """((M, P, D) of the image tokens, (M, D) of [SEG]) in one layer, from the calls of the language model.
 
-    The last call is that of the conversations. It may lack what they begin with, picture and all, which then went through the
-    model once, in an earlier call of its own.
+    The last call is that of the conversations, in one row where they share their picture. It may lack what they begin with,
+    which the first call about the picture began with too.
     """
-    latest = calls[-1]
-    length = int(attention_mask.sum(dim=1).max()) if len(attention_mask) else 0
-    before = length - latest.shape[1]
-    seg = latest[question, position - before]
-    if not before:
-        return llava.image_states(latest, input_ids[:, :length], question), seg
-    (prefix,) = [call for call in calls[:-1] if call.shape[:2] == (1, before)][-1:]
-    image = prefix[:, input_ids[0, :before] == IMAGE_TOKEN_INDEX]
-    return image.expand(len(question), -1, -1), seg
+    states = calls[-1]
+    if states.shape[:2] != input_ids.shape:
+        packed = pack(input_ids, attention_mask, torch.zeros_like(input_ids[:, 0]), must_save=False)
+        before = packed.ids.shape[1] - states.shape[1]
+        states = packed.unpack(torch.cat([calls[0][:1, :before], states], dim=1))
+    return llava.image_states(states, input_ids, question), states[question, position]

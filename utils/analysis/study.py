@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset.collate import collate
-from model.prefix import pad_tails
+from model.packing import pad_rows
 from utils import visualize
 from utils.metrics import IGNORE_PIXEL, Expression, Overlap, count, overlap
 
@@ -286,7 +286,7 @@ class _Looker:
             torch.cat([row[keep], row.new_tensor(answer)])
             for row, keep, answer in zip(ids, mask, out.answer_ids, strict=True)
         ]
-        return *pad_tails(whole, "right"), [self.processor.decode(answer) for answer in out.answer_ids]
+        return *pad_rows(whole, "right"), [self.processor.decode(answer) for answer in out.answer_ids]
 
     def _rows(self, shown: _Shown, first: int, answers: list[str], seen: Seen) -> Iterator[Row]:
         """Of the questions from `first` on, as many as there are answers."""
