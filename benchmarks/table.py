@@ -1,7 +1,8 @@
-"""README's table of speeds, made from what the benchmarks wrote: `python benchmarks/table.py --write`.
+"""The tables of speeds, made from what the benchmarks wrote: `python benchmarks/table.py --write`.
 
-Each file in `benchmarks/results` that has a row here gives it; the baseline of each was measured in the same run. Nothing is
-typed by hand: the table stands in the README between two marks, and a test compares it with what this makes.
+Each file in `benchmarks/results` that has rows here gives them; the baseline of each was measured in the same run. Nothing is
+typed by hand: all rows stand in `benchmarks/README.md` and the headlines among them in `README.md`, each between two marks, and a
+test compares them with what this makes.
 """
 
 from __future__ import annotations
@@ -9,26 +10,38 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-README = ROOT / "README.md"
+README, ALL = ROOT / "README.md", ROOT / "benchmarks/README.md"
 BEGIN, END = "<!-- speeds: begin (benchmarks/table.py) -->", "<!-- speeds: end -->"
-HEAD = ("what", "baseline", "ratio", "of the floor", "command")
-
-Row = tuple[str, str, str, str]
-
-
+HEAD = ("what", "on", "baseline", "ratio", "of the floor", "command")
 MEMORY = {"kept": "kept for backward", "peak": "peak memory", "step": "memory above what was there"}
 
 
+@dataclass(frozen=True)
+class Row:
+    """A line of the table, without where it was measured and by what command."""
+
+    what: str
+    baseline: str
+    ratio: str
+    of_floor: str = ""
+    headline: bool = True
+
+
 def sasp(record: dict[str, Any]) -> list[Row]:
-    """Points against the original's rule."""
-    base = "a weight for every pixel and point"
+    """Points against the original's rule; on a GPU, whose baseline is quick too, they are no headline."""
     return [
-        (f"points of a mask, K = {record['points']}, {size}", base, _times(found["ratios"]["ours"]), "")
+        Row(
+            f"points of a mask, K = {record['points']}, {size}",
+            "a weight for every pixel and point",
+            _times(found["ratios"]["ours"]),
+            headline=not record["hardware"]["gpu"],
+        )
         for size, found in record["results"].items()
     ]
 
@@ -37,11 +50,15 @@ def evaluation(record: dict[str, Any]) -> list[Row]:
     """A picture's expressions together against the original's schedule."""
     words = {"forced": "answers forced", "generate": "answers generated"}
     return [
-        (f"evaluation of {_model(record)}, {record['expressions']} expressions a picture, {words[protocol]}",
-         "the original's schedule", _times(found["ratios"]["total"]), _of_floor(found["seconds"]["together"], found))
+        Row(
+            f"evaluation of {_model(record)}, {record['expressions']} expressions a picture, {words[protocol]}",
+            "the original's schedule",
+            _times(found["ratios"]["total"]),
+            _of_floor(found["seconds"]["together"], found),
+        )
         for protocol, found in record["results"].items()
         if "ratios" in found
-    ]  # fmt: skip
+    ]
 
 
 def training_step(record: dict[str, Any]) -> list[Row]:
@@ -50,12 +67,14 @@ def training_step(record: dict[str, Any]) -> list[Row]:
     for how, found in record["results"].items():
         ratio = found["ratios"]["original / shared"]
         what = f"training of {_model(record)}, {record['pictures']} x {record['conversations']} conversations, {how}"
-        base = "whole conversations, eager attention"
+        base, first = "whole conversations, eager attention", how.startswith("without")
         if "seconds" in ratio:
-            rows.append((f"{what}: time", base, _times(ratio["seconds"]["total"]), _of_floor(found["seconds"]["shared"], found)))
+            floor = _of_floor(found["seconds"]["shared"], found)
+            rows.append(Row(f"{what}: time", base, _times(ratio["seconds"]["total"]), floor, headline=first))
         for key, words in MEMORY.items():
             if key in ratio.get("memory", {}):
-                rows.append((f"{what}: {words}", base, _times(ratio["memory"][key]), ""))
+                headline = first and key == "peak"
+                rows.append(Row(f"{what}: {words}", base, _times(ratio["memory"][key]), headline=headline))
     return rows
 
 
@@ -65,7 +84,8 @@ def loading(record: dict[str, Any]) -> list[Row]:
     for layout, ways in record["results"].items():
         size = f"{ways['ours']['bytes'] / 1e9:.0f} GB"
         usual = f"a model with weights of its own: {ways['usual']['peak']:.2f}" if "usual" in ways else "bytes on disk"
-        rows.append((f"loading {size} of {layout}: peak memory as a multiple of it", usual, f"{ways['ours']['peak']:.2f}", ""))
+        what = f"loading {size} of {layout}: peak memory as a multiple of it"
+        rows.append(Row(what, usual, f"{ways['ours']['peak']:.2f}", headline="usual" not in ways))
     return rows
 
 
@@ -73,12 +93,15 @@ def sam_encoder(record: dict[str, Any]) -> list[Row]:
     """SAM's encoder against the package in the same precision, and as it is installed."""
     rows = []
     for result in record["results"]:
-        ours, many = result["variants"]["ours"], result["batch_size"]
-        what = f"SAM's image encoder, {record['size']}, {result['precision']}, {many} at a time"
+        ours, many, precision = result["variants"]["ours"], result["batch_size"], result["precision"]
+        what = f"SAM's image encoder, {record['size']}, {precision}, {many} at a time"
         floor = f"{ours['seconds'] / result['floor']:.1f}x" if "seconds" in ours else ""
-        for key, base in (("ratio", "segment-anything, eager"), ("ratio_to_fp32", "segment-anything as installed, float32")):
-            if key in ours and (key == "ratio" or result["precision"] != "float32"):
-                rows.append((what, base, _times(ours[key]), floor))
+        full = record["size"] == "vit_h"
+        if "ratio" in ours:
+            headline = full and not record["hardware"]["gpu"]
+            rows.append(Row(what, "segment-anything, eager", _times(ours["ratio"]), floor, headline))
+        if "ratio_to_fp32" in ours and precision != "float32":
+            rows.append(Row(what, "segment-anything as installed, float32", _times(ours["ratio_to_fp32"]), floor, full))
     return rows
 
 
@@ -92,23 +115,36 @@ KINDS = {
 """Name of the files -> their rows, in the order of the table."""
 
 
-def table() -> str:
+def table(headlines: bool) -> str:
     """The table in Markdown, with where and when each row was measured."""
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     notes: list[str] = []
     for name, rows in KINDS.items():
         for file in sorted(RESULTS.glob(f"{name}.json")):
             record = json.loads(file.read_text())
-            lines += [f"| {' | '.join(row)} | `{record['command'].split(' --out')[0]}` |" for row in rows(record)]
-            machine = record["hardware"]
-            if machine is None:
-                place = "counted on PyTorch's meta device"
-            else:
-                place = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
-            note = f"{record['date']}, {place}, torch {record['versions']['torch']}"
-            notes += [note] * (note not in notes)
-    return "\n".join([*lines, "", f"Measured {'; '.join(notes)}. `x` is how many times less ours takes, and of the floor how many times more than counted "
-                      "FLOPs and bytes take at the speed of a large product and copy."])
+            place, words = _place(record["hardware"])
+            for row in rows(record):
+                if headlines and not row.headline:
+                    continue
+                command = f"`{record['command'].split(' --out')[0]}`"
+                lines.append(f"| {' | '.join((row.what, place, row.baseline, row.ratio, row.of_floor, command))} |")
+                note = f"{record['date']}, {words}, torch {record['versions']['torch']}"
+                notes += [note] * (note not in notes)
+    return "\n".join([
+        *lines, "",
+        f"Measured {'; '.join(notes)}.",
+        "The ratio is how many times less ours takes; of the floor, how many times more than counted FLOPs and bytes would take",
+        "at the speed of a large product and a large copy.",
+    ])  # fmt: skip
+
+
+def _place(machine: dict[str, Any] | None) -> tuple[str, str]:
+    """A word for where something was measured, and more of them."""
+    if machine is None:
+        return "counted", "counted on PyTorch's meta device"
+    if machine["gpu"]:
+        return machine["gpu"].removeprefix("NVIDIA "), machine["gpu"]
+    return "CPU", f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
 
 
 def _times(ratio: float) -> str:
@@ -124,23 +160,24 @@ def _model(record: dict[str, Any]) -> str:
     return "READ-mini" if "read-mini" in record["model"] else record["model"].split(",")[0]
 
 
-def written(text: str) -> str:
+def written(file: Path) -> str:
     """A README with the table between its marks replaced."""
-    before, _, rest = text.partition(BEGIN)
+    before, _, rest = file.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise SystemExit(f"table: the README has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+        raise SystemExit(f"table: {file} has no {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n{table(headlines=file == README)}\n{END}{after}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="puts it into README.md; without it the table is printed")
+    parser.add_argument("--write", action="store_true", help="puts them into the READMEs; without it all rows are printed")
     options = parser.parse_args(argv)
     if options.write:
-        README.write_text(written(README.read_text()))
+        for file in (README, ALL):
+            file.write_text(written(file))
     else:
-        print(table())
+        print(table(headlines=False))
 
 
 if __name__ == "__main__":

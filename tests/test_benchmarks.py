@@ -12,12 +12,12 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = sorted(file for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text())
 
 
-def test_the_readme_shows_what_was_measured():
+@pytest.mark.parametrize("file", ["README.md", "benchmarks/README.md"])
+def test_the_readmes_show_what_was_measured(file):
     """`python benchmarks/table.py --write` was run after the last benchmark."""
     from benchmarks.table import written
 
-    readme = (ROOT / "README.md").read_text()
-    assert written(readme) == readme
+    assert written(ROOT / file) == (ROOT / file).read_text()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.stem)
