@@ -9,10 +9,10 @@
                                                                     floors are made of; measures nothing
 
 Both schedules are run by one model on the same pictures and questions, in turns of who is first. In fp32 they must agree, or
-the benchmark fails; in bf16 rounding may tip a word, and the table says in how many answers.
+the benchmark fails; in bf16 rounding tips words, with random weights in most answers, and the table says in how many.
 
-    together  what `utils.evaluate` does: CLIP, SAM's encoder and the shared beginning of the prompts once a picture, then its
-              expressions in batches over that KV cache, decoded with the cache, their masks in one batch
+    together  what `utils.evaluate` does: CLIP and SAM's encoder once a picture, its expressions (--chunk at a time) in one row
+              behind the beginning that they share, answers written with a KV cache, masks in one batch
     original  `generate`: each expression alone; SAM's encoder for each; every token of an answer takes CLIP, the whole
               sequence and the vocabulary head over all of it once more, since no KV cache is kept (recorded from the
               original: for 6 answers of 7 tokens, 42 calls of CLIP and 6 of SAM's encoder)

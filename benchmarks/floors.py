@@ -260,12 +260,12 @@ def evaluation_floor(
 ) -> dict[str, float]:
     """Seconds of each stage, and in `total`, that a picture takes at least in our schedule.
 
-    CLIP once and SAM's encoder once (if there is a mask), the beginning of the prompts once, then the rest of them, `chunk`
-    rows together: FLOPs at the product's speed, as they are many for each weight. With answers to write, a chunk takes the
-    vocabulary head once for its rows' last places, and then decode steps until its longest answer has all but its first
-    token, which the prompt gave. A step reads the weights once for all rows, which is why it is bound by bytes, and the
-    cache of every row that is still being written: each holds the beginning for itself, as attention reads it for itself.
-    The head of a decode step counts to the language model.
+    CLIP once and SAM's encoder once (if there is a mask), the beginning of the prompts once with the first `chunk` of the
+    rests behind it, and then as many at a time: FLOPs at the product's speed, as they are many for each weight. With answers
+    to write, a chunk takes the vocabulary head once for its rows' last places, and then decode steps until its longest answer
+    has all but its first token, which the prompt gave. A step reads the weights once for all rows, which is why it is bound
+    by bytes, and the cache of every row that is still being written: each holds the beginning for itself, as attention reads
+    it for itself. The head of a decode step counts to the language model.
 
     Args:
         beginning, tails: tokens, see `lengths`. itemsize: bytes of a number in the run's dtype. bits: of the blocks' weights.
@@ -275,13 +275,11 @@ def evaluation_floor(
     seconds: Counter[str] = Counter()
     weights, head = counts.block_bytes(itemsize, bits), counts.head_weights
     seconds["CLIP"] = roofline(tops, counts.clip_flops, counts.clip_weights * itemsize)
-    first_pass = counts.prefill_flops(beginning)
-    if len(tails) > 1:  # a single conversation goes through the model whole
-        seconds["language model"] += roofline(tops, first_pass, weights)
-        first_pass = 0
     for first in range(0, len(tails), chunk):
         rows = tails[first : first + chunk]
-        flops = first_pass + sum(counts.prefill_flops(tail, beginning) for tail in rows)
+        flops = sum(counts.prefill_flops(tail, beginning) for tail in rows)
+        if first == 0:
+            flops += counts.prefill_flops(beginning)
         seconds["language model"] += roofline(tops, flops, weights)
         if answers is None:
             continue

@@ -1,4 +1,4 @@
-"""All rows that want a GPU, one after another, into `benchmarks/results`; some five minutes on an H200.
+"""All rows that want a GPU, one after another, into `benchmarks/results`; some three minutes on an H200.
 
     python benchmarks/gpu.py                        everything
     python benchmarks/gpu.py --only sam training    some of it

@@ -24,7 +24,7 @@ import torch
 from transformers import Cache, LlavaForConditionalGeneration
 
 from .packing import CACHE, attention_with_masks
-from .recording import addresses, record, recordable
+from .recording import record, recordable, state_of
 
 PLACES = 64
 """Room grows by as many places; attention kernels want a multiple of 16."""
@@ -80,8 +80,8 @@ class _Rows:
     """(N, vocabulary), of the last step."""
     replay: Callable[[], None] | None = None
     """The recorded step."""
-    tries: int = 0
-    """Recordings that were tried: one may fail, and the next would."""
+    tried: bool = False
+    """Recording was tried: it may fail, and would again."""
 
 
 @dataclass
@@ -114,6 +114,12 @@ class Decoder:
         self._drop()
         self._made_for = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"record": self.record}  # a copy of a model has memory of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
     def _drop(self) -> None:
         self._recorded.clear()  # first: recorded steps read what follows
         self._keys, self._values = [], []
@@ -135,21 +141,21 @@ class Decoder:
 
         Args:
             states: (N, D) last hidden state of each prompt's last token.
-            cache: keys and values of r rows of t tokens. where: (N, T) int64, at which of the r * t places each token of a
-                prompt stands; rows may hold several prompts.
+            cache: keys and values of r rows of t tokens, which are taken out of it. where: (N, T) int64, at which of the r * t
+                places each token of a prompt stands; rows may hold several prompts.
             mask: (N, T) bool, False for padding, which is on the left.
             streamer: of transformers, told each token.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, found {max_new_tokens}")
         recorded = self.record and recordable(llava)
+        if not recorded:
+            self.forget()
         done = False
         try:
             with attention_with_masks(llava.model.language_model):
                 rows = self._rows(llava, *where.shape, min(max_new_tokens, PLACES), states, recorded)
-                for layer, keys, values in zip(cache.layers, rows.cache.keys, rows.cache.values, strict=True):
-                    for held, given in ((keys, layer.keys), (values, layer.values)):
-                        held[:, : where.shape[1]] = given.transpose(1, 2).flatten(0, 1)[where]
+                _take_over(rows, cache, where)
                 found = self._decode(llava, rows, states, mask.bool(), max_new_tokens, output_logits, streamer, recorded)
             done = True
             return found
@@ -174,6 +180,7 @@ class Decoder:
         written, hidden, kept = [first], [], [logits]
         used = seen.shape[1]
         if streamer is not None:
+            streamer.put(first.new_zeros(len(first), 0).cpu())  # the prompt, which transformers' own may skip
             streamer.put(first.flatten().cpu())
         while len(written) < max_new_tokens and not bool(rows.finished.all()):
             if used + 1 >= rows.bias.shape[-1]:  # the step writes at place `used`, and opens the next
@@ -199,9 +206,9 @@ class Decoder:
             rows.replay()
             return
         _advance(llava, rows)
-        if recorded and rows.tries == 0:
-            rows.tries = 1
-            rows.replay = record(lambda: _advance(llava, rows))
+        if recorded and not rows.tried:
+            rows.tried = True
+            rows.replay = record(lambda: _advance(llava, rows), rows.hidden.device)
 
     def _rows(
         self,
@@ -264,6 +271,16 @@ class Decoder:
         return more
 
 
+def _take_over(rows: _Rows, cache: Cache, where: torch.Tensor) -> None:
+    """Puts the keys and values of prompts, of which `where` says the places, in front, and takes them out of their cache."""
+    length = where.shape[1]
+    for layer, keys, values in zip(cache.layers, rows.cache.keys, rows.cache.values, strict=True):
+        for held, given in ((keys, layer.keys), (values, layer.values)):
+            held[:, :length] = given.transpose(1, 2).flatten(0, 1)[where]
+            held[:, length:] = 0  # hidden from the attention, but zero times what an earlier question left may be NaN
+        layer.keys = layer.values = None
+
+
 def _begin(rows: _Rows, first: torch.Tensor, seen: torch.Tensor, eos: int) -> None:
     """Puts the first tokens (N, 1) behind prompts whose tokens (N, L + t) are `seen`."""
     used = seen.shape[1]
@@ -277,9 +294,9 @@ def _begin(rows: _Rows, first: torch.Tensor, seen: torch.Tensor, eos: int) -> No
 
 
 def _read_by_a_step(llava: LlavaForConditionalGeneration) -> tuple:
-    """What decides a recorded step: how it attends, and where the weights are."""
-    language_model = llava.model.language_model
-    return language_model.config._attn_implementation, *addresses(language_model, llava.lm_head)
+    """What decides a recorded step."""
+    language_model, text = llava.model.language_model, llava.config.text_config
+    return language_model.config._attn_implementation, text.eos_token_id, state_of(language_model, llava.lm_head)
 
 
 def _advance(llava: LlavaForConditionalGeneration, rows: _Rows) -> None:

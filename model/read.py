@@ -158,7 +158,8 @@ class READForCausalLM(PreTrainedModel):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recomputes the language model's activations in the backward pass."""
-        self.llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        enable = getattr(self.llava, "activation_checkpointing_enable", self.llava.gradient_checkpointing_enable)  # newer name
+        enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def cache_sam_features(self, folder: str | Path) -> None:
         """Takes SAM's image features from `folder` from now on, and puts them there. See `model.sam_cache`.
@@ -175,6 +176,11 @@ class READForCausalLM(PreTrainedModel):
         """On a GPU, for the length of a block: work whose shapes come back is recorded and replayed (`model.recording`)."""
         with self.decoder.recorded(), self.recorder.recorded():
             yield
+
+    def forget(self) -> None:
+        """Gives back the memory of what was recorded; the next call begins anew."""
+        self.decoder.forget()
+        self.recorder.forget()
 
     # -------------------------------------------------------------------------------------------- teacher-forced
 

@@ -7,7 +7,7 @@ Legend: n masks of one picture · K points · C = 256 channels · S side of SAM'
 from __future__ import annotations
 
 import re
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,7 @@ def embed_prompts(
     padding = points.new_zeros(len(points), 1, 2)
     coords = torch.cat([points + 0.5, padding], dim=1)  # pixel centres; the extra point the package appends without a box
     labels = torch.cat([labels, labels.new_full((len(labels), 1), -1)], dim=1)[..., None]
-    coords = coords / _pair(encoder.input_image_size[::-1], coords.device)
+    coords = coords / _square(tuple(encoder.input_image_size), coords.device)
     place = pe._pe_encoding(coords.to(dtype))
     background, foreground = (_only_row(embedding) for embedding in encoder.point_embeddings[:2])
     kind = torch.where(labels == 1, foreground, background)
@@ -116,11 +116,11 @@ def embed_prompts(
     return torch.cat([embedded, text.to(embedded.dtype)], dim=1), dense
 
 
-@lru_cache
+@cache  # without end: recordings read it where it is, and there are few sizes
 @torch.inference_mode(False)
-def _pair(values: tuple[float, float], device: torch.device) -> torch.Tensor:
-    """(2,) float32, kept on its device: sent there anew, it could not be recorded."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def _square(size: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """(2,) float32, width and height of SAM's square."""
+    return torch.tensor(size[::-1], dtype=torch.float32, device=device)
 
 
 def _only_row(embedding: torch.nn.Embedding) -> torch.Tensor:
@@ -163,7 +163,8 @@ def decode_masks(
 
 def to_sam_frame(points: torch.Tensor, sam_size: tuple[int, int], original_size: tuple[int, int]) -> torch.Tensor:
     """(x, y) from pixels of the original picture to pixels of its resized copy in SAM's square (§4-7)."""
-    return points * _pair((sam_size[1] / original_size[1], sam_size[0] / original_size[0]), points.device)
+    scale = points.new_tensor([sam_size[1] / original_size[1], sam_size[0] / original_size[0]])
+    return points * scale
 
 
 def upscale_logits(

@@ -23,7 +23,7 @@ Legend: B pictures · H x W tokens of a picture, C wide · n windows, or whole p
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -125,9 +125,12 @@ class FastAttention(Attention):
 
 
 def _kept(make: Callable) -> Callable:
-    """The function, its results kept for the next blocks and pictures. Compiled code makes them itself, in passing."""
+    """The function, its results kept for the next blocks and pictures, for good: recordings (`model.recording`) read them there.
+
+    Compiled code makes them itself, in passing.
+    """
     # Made outside of inference mode, whose tensors could not serve a training step later.
-    kept = lru_cache(maxsize=16)(torch.inference_mode(False)(make))
+    kept = cache(torch.inference_mode(False)(make))
 
     @wraps(make)
     def get(*args: Any) -> Any:

@@ -322,6 +322,11 @@ def test_generated_answers_are_those_of_the_evaluation(
             assert all(pixels.intersection == 0 for pixels in (*row.masks.values(), *row.sweep["both"]))
     summary = tables.summary_of(found, "part")
     assert summary["without_seg"] == sum(record["num_seg"] == 0 for record in records)
+    # One at a time, with what a longer neighbour padded it with: the same maps, hence points, hence masks.
+    alone = studied(tiny, free, protocol="generate", max_new_tokens=12, layers=None, sweep=False, chunk=1)
+    for row, other in zip(found.rows, alone.rows, strict=True):
+        for name, pixels in row.masks.items():
+            assert other.masks[name].union == pytest.approx(pixels.union, abs=5), name
 
 
 # ------------------------------------------------------------------------------------------------ the report

@@ -261,7 +261,7 @@ def test_no_clock_is_read_while_a_gpu_is_recorded(small_ceilings, clocks_off_aft
 
     recorded, now = [], Stopwatch.now
 
-    def record(function, pool=None):
+    def record(function, device, pool=None):
         recorded.append(function)
         monkeypatch.setattr(Stopwatch, "now", lambda watch: pytest.fail("the clock was read"))
         with monkeypatch.context() as undone:

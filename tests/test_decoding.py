@@ -1,11 +1,17 @@
 """The decoding loop against transformers' own `generate`, and its recorded steps, whose recording a GPU alone can do."""
 
+import copy
+import inspect
+import pickle
+
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from test_prefix import TAILS, left_padded, split, talkative
-from tiny import EOS, SEG, prompt, tiny_batch
+from tiny import EOS, SEG, prompt, tiny_batch, tiny_read
+from transformers import TextStreamer
 
-from model import decoding, llava, recording
+from model import READForCausalLM, add_lora, decoding, llava, recording, sam
 
 COUNTS = [1, 2, 3, 7]
 
@@ -27,12 +33,14 @@ def same(found, expected):
 
 @pytest.fixture
 def replayed(monkeypatch):
-    """Steps are recorded without a GPU: a recording is the step itself. Gives a list as long as there were recordings."""
+    """Steps are recorded without a GPU: a recording takes steps of the model as it was. Gives one entry a recording."""
     made = []
 
-    def record(function):
+    def record(function, device):
+        known = inspect.getclosurevars(function).nonlocals
+        was, rows = copy.deepcopy(known["llava"]), known["rows"]
         made.append(function)
-        return function
+        return lambda: decoding._advance(was, rows)
 
     monkeypatch.setattr(decoding, "recordable", lambda model: True)
     monkeypatch.setattr(decoding, "record", record)
@@ -98,19 +106,103 @@ def test_recorded_steps_give_the_same(replayed, monkeypatch, places):
     assert not model.decoder._keys and not model.decoder._recorded and not model.decoder.record
 
 
+def another_weight(model):
+    model.llava.lm_head.weight = torch.nn.Parameter(model.llava.lm_head.weight.flip(0))
+
+
+def lora_off(model):
+    for layer in lora_layers(model):
+        layer.enable_adapters(False)
+
+
+def lora_merged(model):
+    for layer in lora_layers(model):
+        layer.merge()
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+@pytest.mark.parametrize("change", [another_weight, lora_off, lora_merged, READForCausalLM.half])
 @torch.no_grad()
-def test_what_was_recorded_is_of_these_weights(replayed):
-    """Weights that stand elsewhere in memory are another model."""
-    model = talkative()
+def test_what_was_recorded_is_of_this_model(replayed, change):
+    """Other weights, LoRA switched off or merged in place, another dtype: none is answered by what was recorded before."""
+    model = add_lora(talkative(), r=4, dropout=0.0)
+    for layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    model.eval()
     with model.decoder.recorded():
+        for _ in range(2):
+            images, questions = asked(2, model)
+            model.generate_answers(images, **questions, max_new_tokens=6)
+            assert len(replayed) == 1
+        change(model)
         images, questions = asked(2, model)
-        model.generate_answers(images, **questions, max_new_tokens=4)
-        assert len(replayed) == 1
-        model.generate_answers(images, **questions, max_new_tokens=4)
-        assert len(replayed) == 1
-        model.llava.lm_head.weight = torch.nn.Parameter(model.llava.lm_head.weight.clone())
-        model.generate_answers(images, **questions, max_new_tokens=4)
+        found = model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True)
         assert len(replayed) == 2
+    same(found, model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True))
+
+
+@torch.no_grad()
+def test_recordings_serve_those_alone_who_ask_for_them(replayed):
+    """Switched off, steps are those of the model as it is."""
+    model = talkative()
+    images, questions = asked(2, model)
+    model.decoder.record = True
+    model.generate_answers(images, **questions, max_new_tokens=6)
+    model.decoder.record = False
+    model.llava.lm_head.weight.copy_(model.llava.lm_head.weight.flip(0))
+    found = model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True)
+    assert not model.decoder._keys
+    same(found, model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True))
+
+
+@torch.no_grad()
+def test_a_question_leaves_nothing_to_the_next(replayed):
+    """What overflowed once would make everything NaN, even behind a mask."""
+    model = talkative()
+    images, questions = asked(2, model)
+    expected = model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True)
+    with model.decoder.recorded():
+        model.generate_answers(images, **questions, max_new_tokens=6)
+        for held in (*model.decoder._keys, *model.decoder._values):
+            held.fill_(float("nan"))
+        same(model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True), expected)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_model_has_recordings_of_its_own(replayed):
+    model = talkative()
+    images, questions = asked(2, model)
+    model.decoder.record = True
+    expected = model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True)
+    other = copy.deepcopy(model)
+    assert other.decoder.record and not other.decoder._keys and model.decoder._keys
+    same(other.generate_answers(images, **questions, max_new_tokens=6, output_logits=True), expected)
+    again = pickle.loads(pickle.dumps(model.recorder))
+    assert not again.on and not again._found
+
+
+@torch.no_grad()
+def test_transformers_own_streamer_tells_every_word():
+    """With `skip_prompt` it leaves out what is put first: a prompt, which is empty here."""
+    model = talkative()
+    images, questions = asked(1, model)
+
+    class Tokens:
+        def decode(self, ids, **_):
+            return " ".join(map(str, ids)) + " "
+
+    class Told(TextStreamer):
+        text = ""
+
+        def on_finalized_text(self, text, stream_end=False):
+            self.text += text
+
+    told = Told(Tokens(), skip_prompt=True)
+    out = model.generate_answers(images, **questions, max_new_tokens=6, streamer=told)
+    assert [int(word) for word in told.text.split()] == out.answer_ids[0]
 
 
 @torch.no_grad()
@@ -121,7 +213,7 @@ def test_where_recording_fails_steps_are_taken_as_they_are(monkeypatch):
     expected = model.generate_answers(images, **questions, max_new_tokens=8, output_logits=True)
     tried = []
     monkeypatch.setattr(decoding, "recordable", lambda model: True)
-    monkeypatch.setattr(decoding, "record", tried.append)
+    monkeypatch.setattr(decoding, "record", lambda function, device: tried.append(function))
     with model.decoder.recorded():
         for _ in range(2):
             same(model.generate_answers(images, **questions, max_new_tokens=8, output_logits=True), expected)
@@ -173,7 +265,7 @@ def test_what_comes_back_is_recorded_at_the_second_call(monkeypatch):
     """`Recorder`: as the function, for each shape, each place of the weights; memory is given back."""
     made = []
 
-    def record(function, pool):
+    def record(function, device, pool):
         made.append(function)
         function()  # its tensors exist from now on, as those of a graph do
         return lambda: None
@@ -195,4 +287,40 @@ def test_what_comes_back_is_recorded_at_the_second_call(monkeypatch):
         assert len(made) == 1
         with torch.enable_grad():
             assert recorder("a", linear, linear, one).requires_grad
+        # Begun in inference mode, gone on with outside.
+        with torch.inference_mode():
+            given = torch.randn(5, 3)
+            for _ in range(2):
+                recorder("a", linear, linear, given)
+        recorder("a", linear, linear, torch.randn(5, 3))
     assert not recorder._found and not recorder.on
+
+
+@torch.no_grad()
+def test_a_recording_that_breaks_off_is_forgotten(monkeypatch):
+    """Of its memory too: another recording must not go on in the middle of it."""
+
+    def record(function, device, pool):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(recording, "recordable", lambda module: True)
+    monkeypatch.setattr(recording, "record", record)
+    linear, recorder = torch.nn.Linear(3, 2), recording.Recorder(on=True)
+    recorder._pool = (0, 1)
+    recorder("a", linear, linear, torch.randn(1, 3))
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder("a", linear, linear, torch.randn(1, 3))
+    assert recorder._pool is None
+    recorder.forget()
+    assert not recorder._found
+
+
+def test_what_recordings_read_stays_where_it_is():
+    """After pictures of many sizes, the constants of SAM's prompt encoder are the tensors that they were."""
+    model = tiny_read()
+    device = torch.device("cpu")
+    before = sam._square((64, 64), device)
+    for height in range(40, 240):
+        sam.to_sam_frame(torch.rand(1, 1, 2), (48, 64), (height, 64))
+        sam._square((height, 64), device)
+    assert sam._square(tuple(model.sam.prompt_encoder.input_image_size), device) is before

@@ -402,7 +402,10 @@ def test_too_little_memory_is_met_with_smaller_chunks(
 
     expected = evaluate(model, processor, samples, chunk=16, progress=False)
     monkeypatch.setattr(model, "segment_answers", segment)
+    forgotten: list[int] = []
+    monkeypatch.setattr(model, "forget", lambda: forgotten.append(len(sizes)))
     scores = evaluate(model, processor, samples, chunk=16, progress=False, strict=False)
+    assert forgotten and [sizes[n - 1] > room for n in forgotten] == [True] * len(forgotten)  # what was recorded makes room
     assert max(sizes) > room and scores["failed"] == []
     assert scores["ciou"] == pytest.approx(expected["ciou"], rel=1e-3) and scores["expressions"] == expected["expressions"]
 

@@ -276,6 +276,7 @@ class _Answerer:
                 raise
             log.warning("picture %d is tried once more: %s", index, _words(error))
         # Not inside `except`: there the error would still hold the memory it died of.
+        self.model.forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:

@@ -281,6 +281,8 @@ class _Looker:
         self, images: EncodedImages, ids: torch.Tensor, mask: torch.Tensor, nobody: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """(ids (N, T), mask (N, T), N answers): the conversations with the model's own answers, padded on the right."""
+        used = mask.any(dim=0)  # a first question alone is read as it is, and its row must begin as all do (`probe`)
+        ids, mask = ids[:, used], mask[:, used]
         out = self.model.generate_answers(images, ids, mask, nobody, max_new_tokens=self.options.max_new_tokens)
         whole = [
             torch.cat([row[keep], row.new_tensor(answer)])
