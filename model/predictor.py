@@ -246,18 +246,9 @@ class READPredictor:
 
         One thread at a time, as `answer`.
         """
-        images, row = kept.images, torch.zeros(len(kept.prompts), dtype=torch.long)
-        segments = Segments(row, row, kept.similarity, [], [], [], kept.prompts.new_zeros(0))
-        if len(row):
-            with self._points_by(sasp):
-                (logits, scores), found = self.model._decode_image(
-                    images.sam_embeddings[0],
-                    kept.similarity,
-                    kept.prompts[:, None],
-                    tuple(images.sam_sizes[0]),
-                    tuple(images.original_sizes[0]),
-                )
-            segments = Segments(row, row, kept.similarity, list(found.points), list(found.labels), list(logits), scores)
+        images, row = kept.images, torch.zeros(len(kept.prompts), dtype=torch.long, device=kept.prompts.device)
+        with self._points_by(sasp):
+            segments = self.model._draw(images, kept.similarity, kept.prompts[:, None], row, row)
         return _answer(segments, 0, kept.text, images.original_sizes[0], kept.forced)
 
     @contextmanager

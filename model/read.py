@@ -530,26 +530,48 @@ class READForCausalLM(PreTrainedModel):
         """Points and masks of M `[SEG]` states (M, D), given those of their image tokens (M, P, D), question and image (M,)."""
         similarity = sasp.similarity(image_states, seg_states)
         text = self.text_hidden_fcs[0](seg_states)[:, None]
+        return self._draw(images, similarity, text, question, image)
 
-        count = len(question)
-        mask_logits: list[Any] = [None] * count
-        points: list[Any] = [None] * count
-        labels: list[Any] = [None] * count
-        scores = seg_states.new_zeros(count)
-        for b in image.unique().tolist():  # SAM decodes the masks of one picture together
+    def _draw(
+        self,
+        images: EncodedImages,
+        similarity: torch.Tensor,
+        text: torch.Tensor,
+        question: torch.Tensor,
+        image: torch.Tensor,
+    ) -> Segments:
+        """Points and masks of M `[SEG]`: similarity (M, P), projected states (M, 1, C), question and image (M,)."""
+        count, config = len(image), self.config
+        points: list[torch.Tensor] = [similarity.new_zeros(0, 2, dtype=torch.float32)] * count
+        labels: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long, device=text.device)] * count
+        places, mask_logits = list(points), list(points)
+        rows_of = {b: (image == b).nonzero().flatten() for b in image.unique().tolist()}
+        for b, rows in rows_of.items():
             if b not in images.sam_embeddings:
                 images.sam_embeddings[b] = self.encode_sam_image(images.sam_images[b : b + 1])[0]
-            rows = (image == b).nonzero().flatten()
-            logits, found = self._decode_image(
-                images.sam_embeddings[b],
-                similarity[rows],
-                text[rows],
-                tuple(images.sam_sizes[b]),
-                tuple(images.original_sizes[b]),
-            )
-            scores = scores.index_copy(0, rows, logits[1].to(scores.dtype))
+            if not config.sasp.enabled:
+                continue
+            size = tuple(images.original_sizes[b])
+            found = sasp.select_points(similarity[rows], size, config.sasp, clip_image_size=config.clip_image_size)
+            in_sam = sam.to_sam_frame(found.points, tuple(images.sam_sizes[b]), size)
             for i, m in enumerate(rows.tolist()):
-                mask_logits[m], points[m], labels[m] = logits[0][i], found.points[i], found.labels[i]
+                points[m], labels[m], places[m] = found.points[i], found.labels[i], in_sam[i]
+        if count == 0:
+            return Segments(question, image, similarity, [], [], [], similarity.new_zeros(0))
+
+        # All masks of a batch together; only sizes are each picture's own.
+        embeddings = [images.sam_embeddings[b] for b in image.tolist()]
+        prompts = [torch.stack(places), torch.stack(labels)] if config.sasp.enabled else [None, None]
+        low_res, scores = self.recorder(
+            "masks", nn.ModuleList([self.sam.prompt_encoder, self.sam.mask_decoder]),
+            lambda *prompt: sam.decode_masks(self.sam, *prompt),
+            embeddings[0] if len(rows_of) == 1 else torch.stack(embeddings), *prompts, text,
+        )  # fmt: skip
+        for b, rows in rows_of.items():
+            sizes = tuple(images.sam_sizes[b]), tuple(images.original_sizes[b])
+            logits = sam.upscale_logits(low_res[rows], config.sam.image_size, *sizes)
+            for i, m in enumerate(rows.tolist()):
+                mask_logits[m] = logits[i]
         return Segments(question, image, similarity, points, labels, mask_logits, scores)
 
     def encode_sam_image(self, sam_images: torch.Tensor) -> torch.Tensor:
@@ -560,30 +582,3 @@ class READForCausalLM(PreTrainedModel):
             return self.sam_cache.encode(encoder, sam_images)
         with torch.no_grad():
             return self.recorder("SAM", encoder, encoder, sam_images)
-
-    def _decode_image(
-        self,
-        embedding: torch.Tensor,
-        similarity: torch.Tensor,
-        text: torch.Tensor,
-        sam_size: tuple[int, int],
-        original_size: tuple[int, int],
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], sasp.PointPrompts]:
-        """((logits (n, H, W), scores (n,)), points) of the n masks of one picture; embedding (C, h, w)."""
-        config = self.config.sasp
-        if config.enabled:
-            prompts = sasp.select_points(
-                similarity, original_size, config, clip_image_size=self.config.clip_image_size
-            )
-            place, kind = sam.to_sam_frame(prompts.points, sam_size, original_size), prompts.labels
-        else:
-            nothing = similarity.new_zeros(len(text), 0, 2, dtype=torch.float32)
-            empty = torch.zeros(len(text), 0, dtype=torch.long, device=text.device)
-            prompts = sasp.PointPrompts(nothing, empty, nothing.long())
-            place = kind = None
-        decoder = nn.ModuleList([self.sam.prompt_encoder, self.sam.mask_decoder])
-        low_res, scores = self.recorder(
-            "masks", decoder, lambda *prompt: sam.decode_masks(self.sam, *prompt), embedding, place, kind, text
-        )
-        logits = sam.upscale_logits(low_res, self.config.sam.image_size, sam_size, original_size)
-        return (logits, scores), prompts

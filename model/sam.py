@@ -1,7 +1,7 @@
 """SAM of the `segment-anything` package: built from a config, its encoder's attention made fast, its decoder prompted READ's way.
 
 READ appends the projected `[SEG]` embedding to the sparse prompt embeddings (protocol §4, step 8 and last paragraph).
-Legend: n masks of one picture · K points · C = 256 channels · S side of SAM's padded square · hw decoder grid.
+Legend: n masks · K points · C = 256 channels · S side of SAM's padded square · hw decoder grid.
 """
 
 from __future__ import annotations
@@ -141,18 +141,26 @@ def dense_position_encoding(sam: Sam) -> torch.Tensor:
 
 def decode_masks(
     sam: Sam,
-    image_embedding_Chw: torch.Tensor,
+    image_embedding: torch.Tensor,
     points: torch.Tensor | None,
     labels: torch.Tensor | None,
     text: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low-resolution logits (n, 4h, 4w) and predicted IoU (n,) of n masks of one picture (first mask token, §4-8)."""
+    """Low-resolution logits (n, 4h, 4w) and predicted IoU (n,) of n masks (first mask token, §4-8).
+
+    `image_embedding` is that of one picture (C, h, w), or of each mask's own picture (n, C, h, w).
+    """
     if len(text) == 0:  # the package cannot reshape an empty batch
-        side = 4 * image_embedding_Chw.shape[-1]
+        side = 4 * image_embedding.shape[-1]
         return text.new_zeros(0, side, side), text.new_zeros(0)
     sparse, dense = embed_prompts(sam, points, labels, text)
+    if image_embedding.dim() == 3:
+        image_embedding = image_embedding[None]
+    else:
+        # The package repeats one picture for all masks and adds their dense prompts to it. So pictures go in as such prompts.
+        image_embedding, dense = torch.zeros_like(image_embedding[:1]), image_embedding + dense
     low_res, iou = sam.mask_decoder(
-        image_embeddings=image_embedding_Chw[None],
+        image_embeddings=image_embedding,
         image_pe=dense_position_encoding(sam),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
