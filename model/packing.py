@@ -160,7 +160,7 @@ class Prefix:
     """What all questions about B pictures begin with, as the language model left it."""
 
     ids: torch.Tensor
-    """(L,) int64, up to the last image token."""
+    """(L,) int64, up to the last image token; in the host's memory."""
     hidden: torch.Tensor
     """(B, L, D) last hidden states."""
     layers: list[tuple[torch.Tensor, torch.Tensor]]
@@ -186,8 +186,11 @@ class Prefix:
 
 
 def shared_beginning(input_ids_NT: torch.Tensor, attention_mask_NT: torch.Tensor) -> torch.Tensor | None:
-    """(L,) ids that padded prompts all begin with, up to their last image token; None if one has no image, or they differ."""
-    rows = [row[keep] for row, keep in zip(input_ids_NT, attention_mask_NT.bool(), strict=True)]
+    """(L,) ids that padded prompts all begin with, up to their last image token; None if one has no image, or they differ.
+
+    In the host's memory, as in `pack`: a GPU would be waited for at every row.
+    """
+    rows = [row[keep] for row, keep in zip(input_ids_NT.cpu(), attention_mask_NT.cpu().bool(), strict=True)]
     slots = (rows[0] == IMAGE_TOKEN_INDEX).nonzero()
     if len(slots) == 0:
         return None
