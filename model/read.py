@@ -156,10 +156,11 @@ class READForCausalLM(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.llava.get_output_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """Recomputes the language model's activations in the backward pass."""
-        enable = getattr(self.llava, "activation_checkpointing_enable", self.llava.gradient_checkpointing_enable)  # newer name
-        enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        name = "activation_checkpointing_enable"  # what later releases of transformers 5 call it
+        enable = getattr(self.llava, name if hasattr(self.llava, name) else "gradient_checkpointing_enable")
+        enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
 
     def cache_sam_features(self, folder: str | Path) -> None:
         """Takes SAM's image features from `folder` from now on, and puts them there. See `model.sam_cache`.
@@ -256,7 +257,8 @@ class READForCausalLM(PreTrainedModel):
 
         Without any [SEG] in a batch the mask branch would get no gradient, and ZeRO's processes, which reduce gradients in
         the order in which they arrive, would wait for each other: then the first question stands in. Where weights are
-        split (ZeRO-3, `even_calls`), all must call SAM equally often: then every picture without a [SEG] has a stand-in.
+        split (ZeRO-3, `even_calls`), all must call SAM equally often: then every picture without a [SEG] has a stand-in, and
+        SAM's decoder is called once for each.
         """
         if self.even_calls:
             shown = set(image_of_question[question].tolist())
@@ -541,37 +543,46 @@ class READForCausalLM(PreTrainedModel):
         image: torch.Tensor,
     ) -> Segments:
         """Points and masks of M `[SEG]`: similarity (M, P), projected states (M, 1, C), question and image (M,)."""
-        count, config = len(image), self.config
+        count, config, pictures = len(image), self.config, image.tolist()
         points: list[torch.Tensor] = [similarity.new_zeros(0, 2, dtype=torch.float32)] * count
         labels: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long, device=text.device)] * count
         places, mask_logits = list(points), list(points)
-        rows_of = {b: (image == b).nonzero().flatten() for b in image.unique().tolist()}
-        for b, rows in rows_of.items():
+        scores = similarity.new_zeros(count)
+        together: dict[int, list[int]] = {}
+        for b in sorted(set(pictures)):
+            rows = [m for m in range(count) if pictures[m] == b]
             if b not in images.sam_embeddings:
                 images.sam_embeddings[b] = self.encode_sam_image(images.sam_images[b : b + 1])[0]
-            if not config.sasp.enabled:
-                continue
-            size = tuple(images.original_sizes[b])
-            found = sasp.select_points(similarity[rows], size, config.sasp, clip_image_size=config.clip_image_size)
-            in_sam = sam.to_sam_frame(found.points, tuple(images.sam_sizes[b]), size)
-            for i, m in enumerate(rows.tolist()):
-                points[m], labels[m], places[m] = found.points[i], found.labels[i], in_sam[i]
-        if count == 0:
-            return Segments(question, image, similarity, [], [], [], similarity.new_zeros(0))
+            if config.sasp.enabled:
+                size = tuple(images.original_sizes[b])
+                found = sasp.select_points(
+                    _of_rows(similarity, rows), size, config.sasp, clip_image_size=config.clip_image_size
+                )
+                in_sam = sam.to_sam_frame(found.points, tuple(images.sam_sizes[b]), size)
+                for i, m in enumerate(rows):
+                    points[m], labels[m], places[m] = found.points[i], found.labels[i], in_sam[i]
+            # A picture whose grid has fewer cells than `num_points` has fewer points.
+            together.setdefault(b if self.even_calls else len(points[rows[0]]), []).extend(rows)
 
-        # All masks of a batch together; only sizes are each picture's own.
-        embeddings = [images.sam_embeddings[b] for b in image.tolist()]
-        prompts = [torch.stack(places), torch.stack(labels)] if config.sasp.enabled else [None, None]
-        low_res, scores = self.recorder(
-            "masks", nn.ModuleList([self.sam.prompt_encoder, self.sam.mask_decoder]),
-            lambda *prompt: sam.decode_masks(self.sam, *prompt),
-            embeddings[0] if len(rows_of) == 1 else torch.stack(embeddings), *prompts, text,
-        )  # fmt: skip
-        for b, rows in rows_of.items():
-            sizes = tuple(images.sam_sizes[b]), tuple(images.original_sizes[b])
-            logits = sam.upscale_logits(low_res[rows], config.sam.image_size, *sizes)
-            for i, m in enumerate(rows.tolist()):
-                mask_logits[m] = logits[i]
+        # All masks with as many points together, as a rule those of the whole batch; only sizes are each picture's own.
+        decoder = nn.ModuleList([self.sam.prompt_encoder, self.sam.mask_decoder])
+        for rows in map(sorted, together.values()):
+            shown = sorted({pictures[m] for m in rows})
+            embedding = images.sam_embeddings[shown[0]]
+            if len(shown) > 1:
+                embedding = torch.stack([images.sam_embeddings[pictures[m]] for m in rows])
+            prompts = [torch.stack([x[m] for m in rows]) if config.sasp.enabled else None for x in (places, labels)]
+            low_res, estimates = self.recorder(
+                "masks", decoder, lambda *prompt: sam.decode_masks(self.sam, *prompt),
+                embedding, *prompts, _of_rows(text, rows),
+            )  # fmt: skip
+            scores[rows] = estimates.to(scores.dtype)
+            for b in shown:
+                own = [i for i, m in enumerate(rows) if pictures[m] == b]
+                sizes = tuple(images.sam_sizes[b]), tuple(images.original_sizes[b])
+                logits = sam.upscale_logits(_of_rows(low_res, own), config.sam.image_size, *sizes)
+                for i, place in enumerate(own):
+                    mask_logits[rows[place]] = logits[i]
         return Segments(question, image, similarity, points, labels, mask_logits, scores)
 
     def encode_sam_image(self, sam_images: torch.Tensor) -> torch.Tensor:
@@ -582,3 +593,8 @@ class READForCausalLM(PreTrainedModel):
             return self.sam_cache.encode(encoder, sam_images)
         with torch.no_grad():
             return self.recorder("SAM", encoder, encoder, sam_images)
+
+
+def _of_rows(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some rows, in ascending order, of a tensor; all of them as they are, for which a GPU need not be told which."""
+    return x if len(rows) == len(x) else x[rows]

@@ -32,15 +32,15 @@ def recordable(module: nn.Module) -> bool:
 
 
 def state_of(*modules: nn.Module) -> tuple:
-    """What a recording depends on but for its inputs: where the weights are, in which dtype, and how modules are switched."""
-    weights = [(p.data_ptr(), p.dtype) for module in modules for p in module.parameters()]
+    """What a recording depends on but for its inputs: where weights and buffers are, their dtypes, how modules are switched."""
+    parts = [part for module in modules for part in module.modules()]
+    weights = [(x.data_ptr(), x.dtype) for module in modules for x in (*module.parameters(), *module.buffers())]
     switches = [
-        (tuple(part.merged_adapters), tuple(part.active_adapters), part.disable_adapters)
-        for module in modules
-        for part in module.modules()
+        (tuple(part.merged_adapters), tuple(part.active_adapters), part.disable_adapters, tuple(part.scaling.items()))
+        for part in parts
         if hasattr(part, "merged_adapters")  # a layer of PEFT's, which is not imported for that
     ]
-    return *weights, *switches, *(module.training for module in modules)
+    return *weights, *switches, *(part.training for part in parts)
 
 
 def record(
@@ -52,18 +52,19 @@ def record(
     pool work in the same memory, so what one gives must be taken out of it before another is replayed.
     """
     graph = torch.cuda.CUDAGraph()
-    try:
-        # What other threads do meanwhile, such as those that watch a process group, is not part of it.
-        with (
-            torch.cuda.device(device),
-            torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"),
-        ):
-            function()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        log.warning("this GPU's work cannot be recorded, so it is asked for again each time: %s", error)
-        return None
+    with torch.cuda.device(device):
+        before = torch.cuda.current_stream()
+        try:
+            # What other threads do meanwhile, such as those that watch a process group, is not part of it.
+            with torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
+                function()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("this GPU's work cannot be recorded, so it is asked for again each time: %s", error)
+            return None
+        finally:
+            torch.cuda.set_stream(before)  # else one that failed would leave its own
     return graph.replay
 
 
@@ -87,12 +88,17 @@ class _Recording:
 
 @dataclass
 class Recorder:
-    """Functions of tensors (or None) that give a tensor, or several, recorded for each shape of their inputs."""
+    """Functions of tensors (or None) that give a tensor, or several, recorded for each shape of their inputs.
+
+    For a block in which the model stays as it is: to look through it at each call would take as long as is gained.
+    """
 
     on: bool = False
     _found: dict[tuple, _Recording | None] = field(default_factory=dict, repr=False)
     """None after a first call, and where recording failed."""
     _failed: set[tuple] = field(default_factory=set, repr=False)
+    _able: dict[str, bool] = field(default_factory=dict, repr=False)
+    """Name -> its work can be recorded at all."""
     _pool: tuple[int, int] | None = field(default=None, repr=False)
 
     @contextmanager
@@ -109,6 +115,7 @@ class Recorder:
         """Gives all memory back."""
         self._found.clear()
         self._failed.clear()
+        self._able.clear()
         self._pool = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,9 +128,13 @@ class Recorder:
         self, name: str, module: nn.Module, function: Callable[..., Result], *inputs: torch.Tensor | None
     ) -> Result:
         """`function(*inputs)`, which reads the weights of `module`; without a graph for gradients."""
-        if not self.on or torch.is_grad_enabled() or not recordable(module):
+        if not self.on or torch.is_grad_enabled():
             return function(*inputs)
-        key = (name, *(x if x is None else (x.shape, x.dtype) for x in inputs), state_of(module))
+        if name not in self._able:
+            self._able[name] = recordable(module)
+        if not self._able[name]:
+            return function(*inputs)
+        key = (name, *(x if x is None else (x.shape, x.dtype) for x in inputs))
         if key not in self._found:
             self._found[key] = None
             return function(*inputs)

@@ -162,3 +162,27 @@ def test_the_next_question_about_a_picture_goes_on_from_the_prefix():
         assert (images.prefix is not None) == (n > 0)
         for ours, theirs in zip(found.mask_logits, alone.mask_logits, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("even_calls", [False, True])
+@torch.no_grad()
+def test_pictures_whose_grids_have_unequal_numbers_of_points_are_drawn_in_one_batch(even_calls):
+    """A side of 49 pixels has a cell less in `released` geometry: four points instead of five. Questions in mixed order."""
+    model = tiny_read()
+    model.even_calls = even_calls
+    sizes = ((48, 48), (49, 49), (40, 56))
+    rows = [prompt(*tail, *answer) for tail, answer in zip(TAILS[:6], ANSWERS[:6], strict=True)]
+    of = [1, 0, 2, 1, 0, 1]
+    batch = tiny_batch(rows, of, sizes=sizes)
+    together = model(**batch).segments
+    assert {len(points) for points in together.points} == {4, 5}
+    for n, row in enumerate(rows):
+        alone = model(**{**tiny_batch([row], [of[n]], sizes=sizes)}).segments
+        found = together.of_question(n)
+        assert len(found) == len(alone)
+        for k, m in enumerate(found):
+            assert together.mask_logits[m].shape == sizes[of[n]]
+            torch.testing.assert_close(together.mask_logits[m], alone.mask_logits[k], atol=1e-4, rtol=0)
+            torch.testing.assert_close(together.points[m], alone.points[k], atol=1e-4, rtol=0)
+            torch.testing.assert_close(together.scores[m], alone.scores[k], atol=1e-4, rtol=0)
+            assert torch.equal(together.point_labels[m], alone.point_labels[k])
