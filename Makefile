@@ -1,5 +1,5 @@
 # make setup    a virtual environment in .venv (or in $VENV, if that is set) with everything from requirements.txt
-# make demo     data, scores before, fine-tuning, merging, scores after, one picture answered: 7 minutes on two cores, no GPU
+# make demo     data, scores before, fine-tuning, merging, scores after, one picture answered: 4 to 6 minutes on two cores, no GPU
 # make app      the page: pictures and questions in a browser, at http://localhost:7860; ARGS="--version MODEL --port 8000" and so on
 # make test     the tests
 # make lint     the style
