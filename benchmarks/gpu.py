@@ -15,7 +15,9 @@ import importlib
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,8 +42,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def forked(function: Callable, *args: Any) -> bool:
+    """True if a function ends well in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def look_for_gpu() -> None:
+    """Not in the parent process, which must not touch it."""
+    import torch
+
+    sys.exit(not torch.cuda.is_available())
+
+
 def run(name: str, out: Path) -> None:
-    """One benchmark, in a process of its own."""
+    """One benchmark."""
     benchmark, result, arguments = ROWS[name]
     module = importlib.import_module(f"benchmarks.{benchmark}")
     module.main([*arguments.split(), "--out", str(out / f"{result}.json")])
@@ -51,15 +68,14 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     for name in IMPORTS:
         importlib.import_module(name)
+    if not forked(look_for_gpu):
+        raise SystemExit("gpu: there is no GPU here; benchmarks/README.md says which benchmarks run without one")
     failed = []
     for name in options.only:
         print(f"\n== {name}: benchmarks/{ROWS[name][0]}.py {ROWS[name][2]}", flush=True)
         begin = time.perf_counter()
-        process = multiprocessing.get_context("fork").Process(target=run, args=(name, options.out))
-        process.start()
-        process.join()
+        failed += [name] * (not forked(run, name, options.out))
         print(f"== {name}: {time.perf_counter() - begin:.0f} s", flush=True)
-        failed += [name] * (process.exitcode != 0)
     if failed:
         raise SystemExit(f"gpu: {', '.join(failed)} failed, see above")
 

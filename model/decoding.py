@@ -4,7 +4,7 @@
     found.ids, found.hidden                                      what was written, and the states [SEG] is looked up in
 
 Keys and values stay in memory whose place does not change, so a step on a GPU can be recorded once (`model.recording`) and
-replayed: one launch instead of some 1300 for a 7B model. A recording costs a fraction of a second and memory for as long as it
+replayed: one launch instead of some 1100 for a 7B model. A recording costs a fraction of a second and memory for as long as it
 is kept, so who decodes much asks for it:
 
     with model.recorded(): ...
@@ -15,8 +15,7 @@ keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from transformers import Cache, LlavaForConditionalGeneration
 
 from .packing import CACHE, attention_with_masks
-from .recording import record, recordable, state_of
+from .recording import Switched, record, recordable, state_of
 
 PLACES = 64
 """Room grows by as many places; attention kernels want a multiple of 16."""
@@ -85,40 +84,23 @@ class _Rows:
 
 
 @dataclass
-class Decoder:
+class Decoder(Switched):
     """Answers N questions together; what it keeps between calls is memory and recorded steps, never anything of a question.
 
     Recorded or not, a step is the same kernels on the same numbers. Each number of questions has a recording of its own; all
-    share the memory for keys and values, so that room may be left, which is hidden from the attention.
+    share the memory for keys and values, so that room may be left, which is hidden from the attention. Quantised weights, and
+    those that ZeRO-3 splits, go step by step, whether it is on or not.
     """
 
-    record: bool = False
-    """Steps on a GPU are recorded and kept. Not for quantised weights, or those that ZeRO-3 splits: these go step by step."""
     _keys: list[torch.Tensor] = field(default_factory=list, repr=False)
     _values: list[torch.Tensor] = field(default_factory=list, repr=False)
     _recorded: dict[int, _Rows] = field(default_factory=dict, repr=False)
     _made_for: tuple = field(default=(), repr=False)
 
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Records steps for the length of a block, and gives their memory back behind it."""
-        before, self.record = self.record, True
-        try:
-            yield
-        finally:
-            self.record = before
-            self.forget()
-
     def forget(self) -> None:
         """Gives all memory back."""
         self._drop()
         self._made_for = ()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"record": self.record}  # a copy of a model has memory of its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
 
     def _drop(self) -> None:
         self._recorded.clear()  # first: recorded steps read what follows
@@ -148,7 +130,7 @@ class Decoder:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, found {max_new_tokens}")
-        recorded = self.record and recordable(llava)
+        recorded = self.on and recordable(llava)
         if not recorded:
             self.forget()
         done = False

@@ -120,7 +120,7 @@ class READPredictor:
     def __init__(self, model: READForCausalLM, processor: READProcessor, conv_type: str | None = None) -> None:
         self.model, self.processor = model.eval(), processor
         self.conv_type = conv_type or model.config.conv_type
-        self.model.decoder.record = True  # one question after another, all of one shape
+        self.model.decoder.on = True  # one question after another, all of one shape
 
     @classmethod
     def from_pretrained(

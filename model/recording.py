@@ -5,7 +5,7 @@
         features = recorder("SAM", encoder, encoder, images)         encoder(images), recorded at the second call
 
 Where kernels are shorter than the time in which Python asks for them, the GPU waits for Python: SAM's encoder takes 26 ms for a
-picture, of which its kernels take 17; a step of decoding 30, of which they take 8 (ViT-H and 7B in bf16 on an H200). A recording
+picture, of which its kernels take 17; a step of decoding 29, of which they take 8 (ViT-H and 7B in bf16 on an H200). A recording
 is the same kernels on the same numbers. It holds the memory it works in, and reads weights and constants where they were: what
 it reads must live as long, so no constant in there may come from a cache that forgets.
 """
@@ -74,32 +74,11 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-Result = torch.Tensor | tuple[torch.Tensor, ...]
-
-
 @dataclass
-class _Recording:
-    """Work on tensors that stay where they are."""
-
-    inputs: tuple[torch.Tensor | None, ...]
-    result: Result
-    replay: Callable[[], None]
-
-
-@dataclass
-class Recorder:
-    """Functions of tensors (or None) that give a tensor, or several, recorded for each shape of their inputs.
-
-    For a block in which the model stays as it is: to look through it at each call would take as long as is gained.
-    """
+class Switched:
+    """What records while it is on, and holds memory for that until it is told to forget."""
 
     on: bool = False
-    _found: dict[tuple, _Recording | None] = field(default_factory=dict, repr=False)
-    """None after a first call, and where recording failed."""
-    _failed: set[tuple] = field(default_factory=set, repr=False)
-    _able: dict[str, bool] = field(default_factory=dict, repr=False)
-    """Name -> its work can be recorded at all."""
-    _pool: tuple[int, int] | None = field(default=None, repr=False)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -113,16 +92,47 @@ class Recorder:
 
     def forget(self) -> None:
         """Gives all memory back."""
-        self._found.clear()
-        self._failed.clear()
-        self._able.clear()
-        self._pool = None
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return {"on": self.on}  # a copy of a model records for itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
+
+
+Result = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+@dataclass
+class _Recording:
+    """Work on tensors that stay where they are."""
+
+    inputs: tuple[torch.Tensor | None, ...]
+    result: Result
+    replay: Callable[[], None]
+
+
+@dataclass
+class Recorder(Switched):
+    """Functions of tensors (or None) that give a tensor, or several, recorded for each shape of their inputs.
+
+    For a block in which the model stays as it is: to look through it at each call would take as long as is gained.
+    """
+
+    _found: dict[tuple, _Recording | None] = field(default_factory=dict, repr=False)
+    """None after a first call, and where recording failed."""
+    _failed: set[tuple] = field(default_factory=set, repr=False)
+    _able: dict[str, bool] = field(default_factory=dict, repr=False)
+    """Name -> its work can be recorded at all."""
+    _pool: tuple[int, int] | None = field(default=None, repr=False)
+
+    def forget(self) -> None:
+        """Gives all memory back."""
+        self._found.clear()
+        self._failed.clear()
+        self._able.clear()
+        self._pool = None
 
     def __call__(
         self, name: str, module: nn.Module, function: Callable[..., Result], *inputs: torch.Tensor | None

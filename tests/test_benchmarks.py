@@ -1,6 +1,7 @@
 """Benchmarks: each says what it does at once, and the README's table of speeds is what they wrote."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +282,12 @@ def test_no_clock_is_read_while_a_gpu_is_recorded(small_ceilings, clocks_off_aft
     for part in MODEL_PARTS:
         found = [float(line[len(part.split())]) for line in lines if line[: len(part.split())] == part.split()]
         assert len(found) == 2 and min(found) > 0, part
+
+
+def test_without_a_gpu_its_rows_are_refused():
+    line, hidden = [sys.executable, ROOT / "benchmarks/gpu.py"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(line, capture_output=True, text=True, env=hidden)
+    assert done.returncode == 1 and done.stderr.startswith("gpu: there is no GPU here")
 
 
 @pytest.mark.parametrize("wrong", ["0", "5"])

@@ -103,7 +103,7 @@ def test_recorded_steps_give_the_same(replayed, monkeypatch, places):
         if places == 64:  # memory for four rows, then for eight, in which the smaller numbers find room too
             assert made == [1, 2, 3, 4, 5, 5, 5]
             assert model.decoder._keys[0].shape[0] == 8
-    assert not model.decoder._keys and not model.decoder._recorded and not model.decoder.record
+    assert not model.decoder._keys and not model.decoder._recorded and not model.decoder.on
 
 
 def another_weight(model):
@@ -154,9 +154,9 @@ def test_recordings_serve_those_alone_who_ask_for_them(replayed):
     """Switched off, steps are those of the model as it is."""
     model = talkative()
     images, questions = asked(2, model)
-    model.decoder.record = True
+    model.decoder.on = True
     model.generate_answers(images, **questions, max_new_tokens=6)
-    model.decoder.record = False
+    model.decoder.on = False
     model.llava.lm_head.weight.copy_(model.llava.lm_head.weight.flip(0))
     found = model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True)
     assert not model.decoder._keys
@@ -180,10 +180,10 @@ def test_a_question_leaves_nothing_to_the_next(replayed):
 def test_a_copy_of_a_model_has_recordings_of_its_own(replayed):
     model = talkative()
     images, questions = asked(2, model)
-    model.decoder.record = True
+    model.decoder.on = True
     expected = model.generate_answers(images, **questions, max_new_tokens=6, output_logits=True)
     other = copy.deepcopy(model)
-    assert other.decoder.record and not other.decoder._keys and model.decoder._keys
+    assert other.decoder.on and not other.decoder._keys and model.decoder._keys
     same(other.generate_answers(images, **questions, max_new_tokens=6, output_logits=True), expected)
     again = pickle.loads(pickle.dumps(model.recorder))
     assert not again.on and not again._found

@@ -90,6 +90,18 @@ def check_points(segments, arrays, rows=None):
         assert (segments.points[m] - torch.from_numpy(arrays[f"sasp{m}_points"])).abs().max() <= 3e-4
 
 
+def check_losses(out, case):
+    expected, weights = case.get("losses_if_image_size_indexing_is_fixed", case["losses"]), case["loss_weights"]
+    ours = {
+        "loss": out.loss,
+        "ce_loss": weights["ce"] * out.ce_loss,
+        "mask_bce_loss": weights["bce"] * out.bce_loss,
+        "mask_dice_loss": weights["dice"] * out.dice_loss,
+    }
+    for key, value in ours.items():
+        assert value.item() == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+
+
 def check_masks(segments, expected, first=0):
     for m, want in enumerate(expected, start=first):
         ours, want = segments.mask_logits[m], torch.from_numpy(want)
@@ -110,16 +122,7 @@ def test_training_losses_masks_and_gradients(folder, name, case):
     out = model(**batch, labels=labels, masks=masks)
 
     quirk = "losses_if_image_size_indexing_is_fixed" in case
-    expected = case["losses_if_image_size_indexing_is_fixed"] if quirk else case["losses"]
-    weights = case["loss_weights"]
-    ours = {
-        "loss": out.loss,
-        "ce_loss": weights["ce"] * out.ce_loss,
-        "mask_bce_loss": weights["bce"] * out.bce_loss,
-        "mask_dice_loss": weights["dice"] * out.dice_loss,
-    }
-    for key, value in ours.items():
-        assert value.item() == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+    check_losses(out, case)
     if not quirk:  # the recorded points and gradients are those of the wrong picture's size there
         check_points(out.segments, arrays)
         recorded = [m for b in range(len(case["images"])) for m in arrays[f"pred_mask_logits{b}"]]

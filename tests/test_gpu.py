@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_decoding import asked
-from test_golden_model import cases, check_masks, check_points, expand_like, inputs, load
+from test_golden_model import cases, check_losses, check_masks, check_points, expand_like, inputs, load
 from test_golden_sasp import sasp_cases
 from test_prefix import talkative
 from test_sam_attention import difference, package_encoder, pictures
@@ -55,15 +55,7 @@ def test_recorded_losses(folder, name, case):
     labels = expand_like(torch.from_numpy(arrays["labels"]), ids, model.config.num_patches, -100)
     masks = [torch.from_numpy(m).cuda() for b in range(len(case["images"])) for m in arrays[f"gt_masks{b}"]]
     out = model(**on_gpu({**batch, "labels": labels}), masks=masks)
-    expected, weights = case.get("losses_if_image_size_indexing_is_fixed", case["losses"]), case["loss_weights"]
-    ours = {
-        "loss": out.loss,
-        "ce_loss": weights["ce"] * out.ce_loss,
-        "mask_bce_loss": weights["bce"] * out.bce_loss,
-        "mask_dice_loss": weights["dice"] * out.dice_loss,
-    }
-    for key, value in ours.items():
-        assert abs(value.item() - expected[key]) <= 1e-4 * max(1, abs(expected[key])), key
+    check_losses(out, case)
 
 
 @pytest.mark.parametrize("record", [False, True])
