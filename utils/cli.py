@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -82,16 +84,49 @@ def torch_dtype(precision: str | None, on_gpu: bool = False) -> Any:
     return getattr(torch, DTYPES[precision or ("bf16" if on_gpu else "fp32")])
 
 
+class InputFault(SystemExit):
+    """The end of a command whose input is at fault: exit status 2, and one line that says what is wrong."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 @contextlib.contextmanager
 def plain_errors(program: str) -> Iterator[None]:
-    """Ends the program with one line where the user's input is at fault: a file, a folder, a flag."""
+    """The funnel that every entry script runs in: one line on stderr where the input is at fault, a traceback for our bugs.
+
+    An OSError or a ValueError (CheckpointError is one) says what was found, what is wanted and what to do, and ends the program
+    with status 2. Ctrl-C ends it with 130. With READ_DEBUG=1 every error keeps its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows escapes, and stops nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (OSError, ValueError) as error:  # CheckpointError is a ValueError
-        raise SystemExit(f"{program}: {error}") from error
+    except BrokenPipeError:  # `... | head`: nobody reads on
+        sys.stderr.close()
+        os._exit(141)
+    except (OSError, ValueError) as error:
+        if os.environ.get("READ_DEBUG") == "1":
+            raise
+        message = f"{program}: {one_line(error)}"
+        print(message, file=sys.stderr, flush=True)
+        raise InputFault(message) from error
+    except KeyboardInterrupt:
+        if os.environ.get("READ_DEBUG") == "1":
+            raise
+        print(f"{program}: stopped", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
 
 
 def one_line(error: BaseException, limit: int = 600) -> str:
     """An error as one line, for people who need no traceback; a list of a thousand keys is cut."""
-    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]} …"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"  # not "[Errno 28] ..."
+    else:
+        text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]} ... (READ_DEBUG=1 shows all)"

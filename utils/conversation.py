@@ -7,7 +7,11 @@ prompt for generation. Layout: `S USER: q ASSISTANT: a</s>USER: …`.
 
 from __future__ import annotations
 
-from typing import Protocol
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from utils.files import shown
 
 IMAGE_TOKEN, IMAGE_TOKEN_INDEX = "<image>", -200
 IGNORE_INDEX = -100
@@ -22,7 +26,33 @@ _SYSTEM = (
 SYSTEM = {"llava_v1": _SYSTEM.format(who="human"), "vicuna_v1": _SYSTEM.format(who="user")}
 """Wordings of the system prompt: training and forced evaluation say human, the original's generation said user (§8-1)."""
 
+RESERVED = (SEG_TOKEN, IMAGE_TOKEN, IM_START, IM_END, END_OF_TURN, "<s>", "<unk>", ANSWER_MARK.strip())
+"""What no text of a user or of a data set may contain: it would be read as a mask, an image, or the end of a turn."""
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+"""Control characters besides blanks, and halves of surrogate pairs, which no tokenizer takes."""
+
 Turns = list[tuple[str, str | None]]
+
+
+def text_faults(text: Any, allowed: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a question, an expression or an answer, for messages that begin with its file and field.
+
+    Args:
+        text: any value; a usable one is a str with at least one character that is not blank.
+        allowed: members of `RESERVED` that it may contain, for example "[SEG]" in an answer.
+    """
+    if not isinstance(text, str):
+        return [f"must be text, found {shown(text)}"]
+    if not text.strip():
+        return ["is empty"]
+    faults = [f"must not contain {ascii(found[0])}, which is no character of a text"] if (found := CONTROL.search(text)) else []
+    # Tokens are found in any case, since expressions are lower-cased and other code bases spell [seg].
+    seen = {mark: mark in text if mark.endswith(":") else mark.lower() in text.lower() for mark in RESERVED}
+    return faults + [
+        f"must not contain {mark}, which has a meaning of its own in prompts: {shown(text)}"
+        for mark in RESERVED
+        if seen[mark] and mark not in allowed
+    ]
 
 
 class Tokenizer(Protocol):

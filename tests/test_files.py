@@ -1,0 +1,101 @@
+"""Files that people hand us name themselves in errors; files that we write appear whole."""
+
+import json
+
+import pytest
+
+from utils.files import (
+    decode_text,
+    read_bytes,
+    read_json,
+    read_jsonl,
+    read_object,
+    whole_file,
+    whole_number,
+    write_json,
+)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_in_unicode_encodings_is_read(encoding):
+    assert decode_text("café 蓝色 😀".encode(encoding), "f") == "café 蓝色 😀"
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"), [("蓝色的杯子", "gbk"), ("青いカップ", "cp932"), ("синяя чашка", "cp1251"), ("żółty", "cp1250")]
+)
+def test_text_in_another_encoding_is_refused_even_where_cp1252_is_allowed(text, encoding):
+    for cp1252 in (False, True):
+        with pytest.raises(ValueError, match="f, line 2: is no UTF-8 text"):
+            decode_text(b"first\n" + text.encode(encoding), "f", cp1252)
+
+
+def test_western_text_of_windows_is_read_where_it_is_allowed():
+    assert decode_text("the dog’s café".encode("cp1252"), "f", cp1252=True) == "the dog’s café"
+    with pytest.raises(ValueError, match="save it as UTF-8"):
+        decode_text("the dog’s café".encode("cp1252"), "f")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>403</html>", "web page"),
+    ],
+)
+def test_what_is_no_content_is_named(tmp_path, content, message):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.json .*{message}"):
+        read_bytes(tmp_path / "x.json")
+
+
+def test_a_folder_and_a_missing_file_are_named(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        read_bytes(tmp_path)
+    with pytest.raises(FileNotFoundError, match="a.json does not exist"):
+        read_bytes(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("content", ['{"a": ', "[" * 100_000, "[1, 2}"])
+def test_broken_json_names_its_file(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match="x.json is no"):
+        read_json(tmp_path / "x.json")
+
+
+def test_an_object_is_wanted(tmp_path):
+    (tmp_path / "x.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"x.json: must be a JSON object .* found \[1\]"):
+        read_object(tmp_path / "x.json")
+
+
+def test_json_lines_name_their_line(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"b": ')
+    lines = read_jsonl(tmp_path / "x.jsonl")
+    with pytest.raises(ValueError, match="x.jsonl, line 3"):
+        list(lines)
+
+
+@pytest.mark.parametrize("value", ["48", None, True, 4.5, float("nan"), float("inf"), -1, 0, 10**10, [4], 10**400])
+def test_only_whole_numbers_in_range_are_sizes(value):
+    with pytest.raises(ValueError, match="height: must be a whole number from 1"):
+        whole_number(value, "height")
+
+
+def test_a_number_without_fraction_is_whole():
+    assert whole_number(48.0, "height") == 48 and isinstance(whole_number(48.0, "height"), int)
+
+
+def test_a_file_that_is_not_finished_leaves_the_old_one(tmp_path):
+    file = tmp_path / "x.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(RuntimeError), whole_file(file) as out:
+        out.write("half")
+        raise RuntimeError
+    assert json.loads(file.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [file]
+
+
+def test_half_a_surrogate_pair_survives_in_json(tmp_path):
+    write_json(tmp_path / "x.json", {"name": "a\udcff蓝"})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"name": "a\udcff蓝"}
