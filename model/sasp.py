@@ -200,9 +200,8 @@ def _grid_cells(
         cells = []
         if geometry == "released":
             pad = _released_pad(length, min(image_size), coarse)
-            padded = coarse + 2 * pad
-            for i in range(max(pad, 0), min(pad + coarse, padded)):
-                cells.append((int(min((i + 0.5) * length / padded, length - 1)), i - pad))
+            centres = _released_centres(length, coarse + 2 * pad)
+            cells += [(centres[i], i - pad) for i in range(max(pad, 0), min(pad + coarse, coarse + 2 * pad))]
         else:
             resized, start = _clip_crop(length, min(image_size), clip_image_size)
             for i in range(coarse):
@@ -213,6 +212,16 @@ def _grid_cells(
     if not raster:  # a picture so narrow that the released rounding crops the whole grid away
         raster = [(image_size[1] // 2, image_size[0] // 2, (coarse // 2) * coarse + coarse // 2)]
     return tuple(torch.tensor(values, device=device) for values in zip(*raster, strict=True))
+
+
+def _released_centres(length: int, cells: int) -> list[int]:
+    """Pixel of the centre of each cell, where `cells` of them cover an axis of `length` pixels (§4-5).
+
+    In float32, as the original computes it. Where the exact centre is a whole pixel, float32 may fall just below it, and the
+    pixel before is taken: 7.5 * (200 / 12) gives 124, and 125 in float64.
+    """
+    centres = (torch.arange(cells) + 0.5) * (length / cells)
+    return centres.clamp(max=length - 1).long().tolist()
 
 
 def _released_pad(length: int, shortest: int, cells: int) -> int:
