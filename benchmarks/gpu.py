@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                        everything
     python benchmarks/gpu.py --only sam training    some of it
-    python benchmarks/table.py --write              the README's table from what was found
+    python benchmarks/table.py --write              the tables from what was found
 
 Each benchmark is a process of its own, so that none holds memory while another runs, and all are forked from this one, which
 imports what they need once. One that fails does not stop the others.

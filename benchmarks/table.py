@@ -1,8 +1,8 @@
 """The tables of speeds, made from what the benchmarks wrote: `python benchmarks/table.py --write`.
 
 Each file in `benchmarks/results` that has rows here gives them; the baseline of each was measured in the same run. Nothing is
-typed by hand: all rows stand in `benchmarks/README.md` and the headlines among them in `README.md`, each between two marks, and a
-test compares them with what this makes.
+typed by hand: all rows stand in `benchmarks/README.md` and the headlines among them in `docs/performance.md`, each between two marks,
+and a test compares them with what this makes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-README, ALL = ROOT / "README.md", ROOT / "benchmarks/README.md"
+HEADLINES, ALL = ROOT / "docs/performance.md", ROOT / "benchmarks/README.md"
 BEGIN, END = "<!-- speeds: begin (benchmarks/table.py) -->", "<!-- speeds: end -->"
 HEAD = ("what", "on", "baseline", "ratio", "of the floor", "command")
 MEMORY = {"kept": "kept for backward", "peak": "peak memory", "step": "memory above what was there"}
@@ -162,20 +162,20 @@ def _model(record: dict[str, Any]) -> str:
 
 
 def written(file: Path) -> str:
-    """A README with the table between its marks replaced."""
+    """A document with the table between its marks replaced."""
     before, _, rest = file.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         raise SystemExit(f"table: {file} has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{table(headlines=file == README)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table(headlines=file == HEADLINES)}\n{END}{after}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="puts them into the READMEs; without it all rows are printed")
+    parser.add_argument("--write", action="store_true", help="puts them into both documents; without it all rows are printed")
     options = parser.parse_args(argv)
     if options.write:
-        for file in (README, ALL):
+        for file in (HEADLINES, ALL):
             file.write_text(written(file))
     else:
         print(table(headlines=False))

@@ -1,4 +1,4 @@
-"""The command line: every command that the scripts, the Makefile and the README show parses against its own parser."""
+"""The command line: every command that the scripts, the Makefile, the README and the docs show parses against its own parser."""
 
 from __future__ import annotations
 
@@ -93,16 +93,16 @@ def live_command(script: Path) -> list[str]:
 
 
 def shown_commands() -> list[tuple[str, list[str]]]:
-    """(where, words) of the commands of ours that the Makefile's demo runs and the README's code blocks show."""
+    """(where, words) of the commands of ours that the Makefile's demo runs and that README and docs show."""
     commands = []
     made = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     sources = [("Makefile", re.sub(r"\\\n\s*", " ", made))]
-    if (ROOT / "README.md").is_file():
-        text = (ROOT / "README.md").read_text()
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = document.read_text(encoding="utf-8").replace("\\|", "|")  # a bar in a table is escaped
         blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
         spans = re.findall(r"`((?:bash|python) [^`\n]+)`", text)
         shown = [block for language, block in blocks if language in ("", "bash", "sh", "shell")] + spans
-        sources.append(("README.md", re.sub(r"\\\n\s*", " ", "\n".join(shown))))
+        sources.append((document.name, re.sub(r"\\\n\s*", " ", "\n".join(shown))))
     for where, text in sources:
         for line in text.splitlines():
             if line.lstrip().startswith("#"):
