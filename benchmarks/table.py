@@ -1,8 +1,8 @@
 """The tables of speeds, made from what the benchmarks wrote: `python benchmarks/table.py --write`.
 
 Each file in `benchmarks/results` that has rows here gives them; the baseline of each was measured in the same run. Nothing is
-typed by hand: all rows stand in `benchmarks/README.md` and the headlines among them in `docs/performance.md`, each between two marks,
-and a test compares them with what this makes.
+typed by hand: all rows stand in `benchmarks/README.md` and the headlines among them in `docs/performance.md`, each between two
+marks, and a test compares them with what this makes.
 """
 
 from __future__ import annotations

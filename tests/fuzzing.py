@@ -24,10 +24,11 @@ TIME_LIMIT_S = 30
 GROWTH_LIMIT_MIB = 600
 
 ODD_VALUES = (
-    None, True, False, 0, 1, -1, 2, 255, 10**9, 10**18, 10**400, 0.5, -0.0, 1e300, float("nan"), float("inf"), "", " ", "x", "0", "1",
-    "false", "[SEG]", "a </s> b", "<image>", "x ASSISTANT: y", "\x00", "caf\u00e9 \u84dd", "x" * 5000, "../../etc/passwd", "/etc/passwd",
-    "C:\\a\\b.jpg", [], {}, [[]], [None], [1, 2, 3], {"a": 1}, [[0, 0], [10, 0], [10, 10]], {"size": [4, 4], "counts": "04"},
-    {"size": [48, 64], "counts": [-5, 3077]}, {"size": [48, 64], "counts": "\u00ff"}, [[[[[[1]]]]]],
+    None, True, False, 0, 1, -1, 2, 255, 10**9, 10**18, 10**400, 0.5, -0.0, 1e300, float("nan"), float("inf"),
+    "", " ", "x", "0", "1", "false", "[SEG]", "a </s> b", "<image>", "x ASSISTANT: y", "\x00", "caf\u00e9 \u84dd", "x" * 5000,
+    "../../etc/passwd", "/etc/passwd", "C:\\a\\b.jpg",
+    [], {}, [[]], [None], [1, 2, 3], {"a": 1}, [[0, 0], [10, 0], [10, 10]], [[[[[[1]]]]]],
+    {"size": [4, 4], "counts": "04"}, {"size": [48, 64], "counts": [-5, 3077]}, {"size": [48, 64], "counts": "\u00ff"},
 )  # fmt: skip
 
 
