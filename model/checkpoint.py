@@ -29,7 +29,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from utils.conversation import IMAGE_TOKEN_INDEX
-from utils.files import read_bytes, shown
+from utils.files import as_object, read_bytes, shown
 from utils.tokenizer import ADDED_FILE, MODEL_FILE, READ_TOKENS, ReadTokenizer, add_read_tokens, load_tokenizer
 
 from .config import READConfig, SamConfig, SaspConfig
@@ -119,7 +119,8 @@ def processor_fingerprint(version: str, vision_tower: str | None = None) -> str:
     """
     folder = resolve_folder(version)
     own = folder / "preprocessor_config.json"
-    places = {name: folder / name for name in ("config.json", "added_tokens.json", "tokenizer_config.json", "read_processor.json")}
+    names = ("config.json", "added_tokens.json", "tokenizer_config.json", "read_processor.json")
+    places = {name: folder / name for name in names}
     if vision_tower is not None or not own.is_file():
         tower = tower_of(folder, vision_tower)
         places |= {"tower": tower / "config.json", "preprocessor": tower / own.name}
@@ -194,7 +195,7 @@ def load(
     shapes = {key: shape for key, shape in read_shapes(files).items() if not DERIVED.search(key)}
     if kind := other_weights(shapes):
         raise CheckpointError(f"{folder} holds {kind}")
-    config = read_config(folder, shapes, sam_shapes_of(shapes, sam_checkpoint), vision_tower)
+    config = read_config(folder, shapes, sam_shapes_of(shapes, sam_checkpoint, folder), vision_tower)
     check_sizes(folder, config, shapes)
     if preset is not None:
         chosen = get_preset(preset)
@@ -240,12 +241,12 @@ def read_config(
         raise CheckpointError(f"{folder} is incomplete: no config.json in it")
     fields = read_fields(file)
     tokenizer = load_tokenizer(folder) if (folder / MODEL_FILE).is_file() else None
-    rows = shapes.get("model.embed_tokens.weight", (0,))[0]
+    rows = next(iter(shapes.get("model.embed_tokens.weight", ())), 0)
     if tokenizer is not None and rows and len(tokenizer) > rows:
         beyond = [token for token, index in tokenizer.added.items() if index >= rows] or ["its last pieces"]
         raise CheckpointError(
-            f"{folder / (ADDED_FILE if tokenizer.added else MODEL_FILE)} has {len(tokenizer)} tokens, the embedding of "
-            f"{weight_files(folder)[0].name} {rows} rows: none for {', '.join(beyond)}. Tokenizer and weights are of different models"
+            f"{folder / (ADDED_FILE if tokenizer.added else MODEL_FILE)} makes {len(tokenizer)} tokens, but the embedding in "
+            f"{weight_files(folder)[0].name} has {rows} rows, none for {', '.join(beyond)}: they are of different models"
         )
     if fields.get("model_type") == READConfig.model_type:
         check_token_ids(file, fields, tokenizer, rows)
@@ -310,7 +311,7 @@ def describing(file: Path) -> Iterator[None]:
         raise
     except Exception as error:  # transformers raises any error there is, from KeyError to its own
         reason = str(error) if not isinstance(error, KeyError) else f"unknown value {error}"
-        raise CheckpointError(f"{file} describes no model that can be built: {reason or type(error).__name__}") from error
+        raise CheckpointError(f"{file} cannot be used: {reason or type(error).__name__}") from error
 
 
 def check_token_ids(file: Path, fields: dict[str, Any], tokenizer: ReadTokenizer | None, rows: int | None = None) -> None:
@@ -356,8 +357,8 @@ def check_sizes(folder: Path, config: READConfig, shapes: dict[str, tuple[int, .
     text, vision = config.llava.text_config, config.llava.vision_config
     wanted = [
         ("num_hidden_layers", text.num_hidden_layers, _layers(shapes, "model.layers.")),
-        ("hidden_size", text.hidden_size, shapes.get("model.embed_tokens.weight", (0, 0))[-1]),
-        ("intermediate_size", text.intermediate_size, shapes.get("model.layers.0.mlp.gate_proj.weight", (0,))[0]),
+        ("hidden_size", text.hidden_size, next(iter(shapes.get("model.embed_tokens.weight", ())[1:]), 0)),
+        ("intermediate_size", text.intermediate_size, next(iter(shapes.get("model.layers.0.mlp.gate_proj.weight", ())), 0)),
         ("num_hidden_layers of the vision tower", vision.num_hidden_layers, _layers(shapes, f"{VISION_TOWER}encoder.layers.")),
         ("depth of SAM", config.sam.depth, _layers(shapes, f"{SAM}image_encoder.blocks.")),
     ]
@@ -365,6 +366,12 @@ def check_sizes(folder: Path, config: READConfig, shapes: dict[str, tuple[int, .
     if wrong:
         raise CheckpointError(
             f"{folder}/config.json and the weights beside it are of different models, or shards are missing: {'; '.join(wrong)}"
+        )
+    layer, layers = config.llava.vision_feature_layer, vision.num_hidden_layers
+    if type(layer) is not int or not -layers - 1 <= layer <= layers:
+        raise CheckpointError(
+            f"{folder}/config.json: the layer of the vision tower whose states are used must be a whole number from {-layers - 1} "
+            f"to {layers}, found {shown(layer)}"
         )
 
 
@@ -426,7 +433,7 @@ def note_on_points(path: str | Path, config: READConfig) -> str | None:
 
 
 def sam_shapes_of(
-    shapes: dict[str, tuple[int, ...]], sam_checkpoint: str | Path | None
+    shapes: dict[str, tuple[int, ...]], sam_checkpoint: str | Path | None, folder: str | Path = "this base"
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the SAM in a checkpoint, keyed as in a SAM file; those of the file where the checkpoint has none.
 
@@ -437,9 +444,11 @@ def sam_shapes_of(
     if own:
         return own
     if sam_checkpoint is None:
-        raise CheckpointError(
-            "this base has no SAM (no model.visual_model.* tensors): give a SAM file with --vision_pretrained"
-        )
+        trained = any(key.startswith("model.text_hidden_fcs.") for key in shapes)
+        raise CheckpointError(f"{folder} has no SAM (no {SAM}* tensors): " + (
+            "it is a READ of which a part is missing; copy or download it again" if trained
+            else "a READ is trained from it with a SAM file (train_read.py --vision_pretrained sam_vit_h_4b8939.pth)"
+        ))  # fmt: skip
     found = read_shapes([_sam_file(sam_checkpoint)])
     try:
         infer_sam_config(found)
@@ -493,15 +502,18 @@ def read_clip_config(tower: Path) -> CLIPVisionConfig:
         CheckpointError: it is missing, unusable, or that of another model.
     """
     file = tower / "config.json"
-    kind = read_fields(file).get("model_type")
+    fields = read_fields(file)
+    kind = fields.get("model_type")
     if kind not in (None, "clip", "clip_vision_model"):
         raise CheckpointError(f"{file}: the vision tower must be a CLIP, found model_type {shown(kind)}")
     with describing(file):
-        return CLIPVisionConfig.from_pretrained(tower)
+        return CLIPVisionConfig.from_dict(as_object(fields.get("vision_config", fields), "vision_config"))
 
 
 def _tower_folder(tower: str, folder: Path) -> Path:
     """The CLIP tower's folder: as given, beside the checkpoint, or from the hub."""
+    if not tower:
+        raise CheckpointError(f"{folder} names no vision tower, and its weights lack one: give one with --vision_tower")
     for candidate in (Path(tower), folder / tower, folder.parent / tower):
         if candidate.is_dir():
             return candidate
@@ -511,12 +523,12 @@ def _tower_folder(tower: str, folder: Path) -> Path:
         raise CheckpointError(f"{error}. It is the vision tower of {folder}: give one with --vision_tower") from error
 
 
-def tower_of(folder: Path, vision_tower: str | Path | None = None) -> Path:
-    """Folder of the CLIP tower of a checkpoint: `vision_tower`, or what its config names."""
+def tower_of(folder: Path, vision_tower: str | Path | None = None, why: str = "its weights lack one") -> Path:
+    """Folder of the CLIP tower of a checkpoint: `vision_tower`, or what its config names; `why` it is needed."""
     file = folder / "config.json"
     tower = vision_tower or (_named_tower(read_fields(file)) if file.is_file() else None)
     if not tower:
-        raise CheckpointError(f"{folder} names no vision tower: give one with --vision_tower")
+        raise CheckpointError(f"{folder} names no vision tower, and {why}: give one with --vision_tower")
     return _tower_folder(str(tower), folder)
 
 
@@ -618,7 +630,8 @@ def _fit_vocabulary(state: dict[str, torch.Tensor], config: READConfig, dtype: t
     """
     text = config.llava.text_config
     tokenizer = load_tokenizer(folder) if (folder / MODEL_FILE).is_file() else None
-    tokens = add_read_tokens(tokenizer) and len(tokenizer) if tokenizer is not None else None
+    if tokenizer is not None:
+        add_read_tokens(tokenizer)
     own = read_fields(folder / "config.json").get("model_type") == READConfig.model_type
     for key in ("llava.model.language_model.embed_tokens.weight", "llava.lm_head.weight"):
         rows = state.get(key)
@@ -628,7 +641,7 @@ def _fit_vocabulary(state: dict[str, torch.Tensor], config: READConfig, dtype: t
             new = torch.randn(text.vocab_size - len(rows), text.hidden_size) * text.initializer_range
             state[key] = torch.cat([rows, new.to(dtype)])
             log.info("newly initialised: %d rows of %s for added tokens", len(new), key)
-        elif tokens is not None and rows.shape[0] > text.vocab_size >= tokens:
+        elif tokenizer is not None and rows.shape[0] > text.vocab_size >= len(tokenizer):
             log.info("left out: %d rows of %s beyond the last token", len(rows) - text.vocab_size, to_disk_key(key))
             state[key] = rows[: text.vocab_size]
 

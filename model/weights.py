@@ -20,6 +20,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from utils.files import not_content, read_object, shown, write_json
 
@@ -186,7 +187,8 @@ def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     for file in map(Path, files):
         if file.suffix == ".safetensors":
             with _opened(file) as tensors, _parsing(file):
-                found = {name: tuple(tensors.get_slice(key).get_shape()) for key, name in plain_names(tensors.keys(), file).items()}
+                names = plain_names(tensors.keys(), file)
+                found = {name: tuple(tensors.get_slice(key).get_shape()) for key, name in names.items()}
         else:
             found = {name: tuple(tensor.shape) for name, tensor in read_tensors([file])}
         for name in found.keys() & shapes.keys():
@@ -209,17 +211,19 @@ def _parsing(file: Path) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """A parser's error in one sentence, without torch's advice to load the file with its code."""
-    text = str(error)
-    if found := re.search(r"GLOBAL (\S+)", text):
+    again = "copy or download it again"
+    text = (str(error).splitlines() or [""])[0]
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
         return (
             f"it asks for {found[1]}, which is code, and no code of a file is run here. Weights are tensors by name: have it "
             "written with torch.save(model.state_dict(), ...) or as safetensors"
         )
     if "TorchScript" in text:
         return "it is a TorchScript program, not weights: have its state_dict() saved"
-    if "Weights only load failed" in text:
-        return "it is damaged, or no file that torch.save wrote: copy or download it again"
-    return (text.splitlines() or [""])[0].removeprefix("Error while deserializing header: ") or type(error).__name__
+    if "Weights only load failed" in text or not isinstance(error, OSError | RuntimeError | SafetensorError):
+        return f"it is damaged, or no file that torch.save wrote: {again}"
+    text = text.removeprefix("Error while deserializing header: ").partition(". This is an internal")[0].rstrip(".")
+    return text if isinstance(error, OSError) else f"{text}: {again}"
 
 
 def _check_head(file: Path) -> bytes:
@@ -246,12 +250,13 @@ def _opened(file: Path) -> Iterator[Any]:
 def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file of torch.save, by the names they have in it."""
     zipped = _check_head(file).startswith(b"PK\x03\x04")  # torch < 1.6 wrote another format, which cannot be mapped
-    with _parsing(file):
+    with _parsing(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd files, which the error says better
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     for _ in range(len(HOLDERS)):
         holders = [key for key in HOLDERS if isinstance(found, dict) and isinstance(found.get(key), dict)]
         if len(holders) > 1:
-            raise CheckpointError(f"{file} holds {' and '.join(holders)}: which are the weights? Save those alone, as tensors by name")
+            raise CheckpointError(f"{file} holds {' and '.join(holders)}, and weights may be in either: save those alone")
         if not holders:
             break
         _note(f"{file}: the weights are taken from its field {holders[0]!r}")
@@ -262,7 +267,7 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{file} holds the state of an optimizer, not weights")
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{file} holds {key!r}, {_kind(value)}, where tensors by name are wanted: save model.state_dict()")
+            raise CheckpointError(f"{file} holds {_kind(value)} under {shown(key)}, not only tensors: save model.state_dict()")
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise CheckpointError(f"{file}: {key} is a tensor without plain values ({value.layout}, {value.device.type})")
     return found
@@ -287,8 +292,8 @@ def plain_names(keys: Iterable[str], file: Path) -> dict[str, str]:
         names = {key: name.removeprefix(prefix) for key, name in names.items()}
     if odd := [name for name in names.values() if name.startswith(PREFIXES)]:
         raise CheckpointError(
-            f"{file}: {len(odd)} of {len(names)} names have a wrapper's name in front ({odd[0]}), the others have not: two kinds of "
-            "weights in one file; save those of one model"
+            f"{file}: {len(odd)} of {len(names)} names have a wrapper's name in front ({odd[0]}), the others have not: save the "
+            "weights of one model"
         )
     if len(set(names.values())) < len(names):
         twice = sorted(name for name in set(names.values()) if list(names.values()).count(name) > 1)
