@@ -7,9 +7,13 @@ plain dataclasses with a sentence under each field and their checks in `__post_i
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from transformers import LlavaConfig, PretrainedConfig
+
+from utils.conversation import SYSTEM
+from utils.files import as_object, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +91,31 @@ class SamConfig:
         return self.image_size // self.patch_size
 
 
-def _part(value: Any, kind: type) -> Any:
-    """A dataclass from itself, from the JSON object it was saved as, or from nothing."""
-    return value if isinstance(value, kind) else kind(**(value or {}))
+def _part(value: Any, kind: type, name: str) -> Any:
+    """A dataclass from itself, from the JSON object it was saved as, or from nothing.
+
+    Raises:
+        ValueError: a field is unknown, or of another kind than its default; the message begins with `name`.
+    """
+    if value is None or isinstance(value, kind):
+        return value or kind()
+    fields = dict(as_object(value, name))
+    defaults = dataclasses.asdict(kind())
+    if unknown := sorted(set(fields) - set(defaults)):
+        raise ValueError(f"{name}: unknown field {', '.join(map(shown, unknown))}; there are {', '.join(defaults)}")
+    for key, found in fields.items():
+        if not _same_kind(found, defaults[key]):
+            raise ValueError(f"{name}.{key}: must be a value like {shown(defaults[key])}, found {shown(found)}")
+    return kind(**fields)
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    """True if a JSON value may stand where a setting has this default."""
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and all(_same_kind(entry, default[0]) for entry in value)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is type(default)
 
 
 PROJECTORS = ("mlp2x_gelu", "linear")
@@ -103,7 +129,7 @@ class READConfig(PretrainedConfig):
     here so that the model needs no tokenizer. `projector` is one of `PROJECTORS`.
 
     Raises:
-        ValueError: another projector.
+        ValueError: another projector or wording, or a part with unknown fields or values of another kind.
     """
 
     model_type = "read"
@@ -125,10 +151,16 @@ class READConfig(PretrainedConfig):
     ) -> None:
         if projector not in PROJECTORS:
             raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}, found {projector!r}")
-        self.llava = LlavaConfig(**llava) if isinstance(llava, dict) else (llava or LlavaConfig())
-        self.sam = _part(sam, SamConfig)
-        self.sasp = _part(sasp, SaspConfig)
-        self.loss = _part(loss, LossConfig)
+        if conv_type not in list(SYSTEM):
+            raise ValueError(f"conv_type must be one of {', '.join(SYSTEM)}, found {conv_type!r}")
+        if vision_tower is not None and not isinstance(vision_tower, str):
+            raise ValueError(f"vision_tower must be a folder or a hub id, found {shown(vision_tower)}")
+        if not isinstance(llava, LlavaConfig):
+            llava = LlavaConfig(**as_object({} if llava is None else llava, "llava"))
+        self.llava = llava
+        self.sam = _part(sam, SamConfig, "sam")
+        self.sasp = _part(sasp, SaspConfig, "sasp")
+        self.loss = _part(loss, LossConfig, "loss")
         self.seg_token_id = seg_token_id
         self.im_start_id = im_start_id
         self.im_end_id = im_end_id

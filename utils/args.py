@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -264,12 +265,30 @@ class TrainArgs:
         """Settings of the run in a folder.
 
         Raises:
-            FileNotFoundError: the folder is no run.
+            FileNotFoundError: the folder is no run. ValueError: the file is damaged, or settings are unknown or of another kind.
         """
+        from utils.files import as_object, read_object, shown
+
         file = Path(run) / CONFIG_NAME
         if not file.is_file():
             raise FileNotFoundError(f"{run} is not a training run: it has no {CONFIG_NAME} (train_read.py writes one)")
-        return cls(**json.loads(file.read_text())["train"])
+        fields = read_object(file)
+        if "train" not in fields:
+            raise ValueError(f"{run} is not a training run: {file} has no settings of one (field train)")
+        values, kinds = as_object(fields["train"], f"{file}: train"), typing.get_type_hints(cls)
+        if unknown := sorted(set(values) - set(kinds)):
+            raise ValueError(f"{file}: train has the unknown setting {', '.join(map(shown, unknown))}: it is of another version")
+        for name, value in values.items():
+            kind = kinds[name] if not isinstance(kinds[name], types.UnionType) else typing.get_args(kinds[name])
+            allowed = kind if isinstance(kind, tuple) else (kind,)
+            if type(value) not in (*allowed, *([int] if float in allowed else [])) or (
+                isinstance(value, float) and not math.isfinite(value)
+            ):
+                raise ValueError(f"{file}: train.{name} must be {' or '.join(k.__name__ for k in allowed)}, found {shown(value)}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
 
 SASP_FLAGS = ("num_points", "t_pos", "t_neg", "down_sample", "geometry")

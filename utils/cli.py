@@ -69,6 +69,7 @@ def load_model(options: argparse.Namespace, device: Any) -> tuple[READForCausalL
         vision_tower=options.vision_tower,
         preset=options.preset,
     )
+    processor.check(model.config, version)
     configure_sasp(model.config, options)
     if options.preset is None and options.sasp is None and (note := note_on_points(version, model.config)):
         log.warning("%s: %s", version, note)

@@ -7,15 +7,16 @@ and line breaks on both sides of it, and the text behind it begins afresh.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from .conversation import IM_END, IM_START, SEG_TOKEN
+from .files import as_object, read_bytes, read_object, shown, write_json
 
 READ_TOKENS = (SEG_TOKEN, IM_START, IM_END)
 MODEL_FILE, ADDED_FILE, CONFIG_FILE = "tokenizer.model", "added_tokens.json", "tokenizer_config.json"
@@ -26,7 +27,7 @@ class ReadTokenizer:
 
     def __init__(self, model_file: str | Path, added: dict[str, int] | None = None) -> None:
         self.model_file = Path(model_file)
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        self.pieces = _read_pieces(self.model_file)
         self.added: dict[str, int] = {}
         self.bos_token_id, self.eos_token_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.pad_token_id = self.pieces.unk_id()
@@ -81,7 +82,8 @@ class ReadTokenizer:
                 flush()
                 parts.append(self.added_names[index])
             elif index >= 0 and not (skip_special_tokens and index in special):
-                run.append(index)
+                # A row of the embedding that stands for no token (a vocabulary padded to a multiple of 64) is unknown.
+                run.append(index if index < self.pieces.get_piece_size() else self.pad_token_id)
         flush()
         return " ".join(parts)
 
@@ -104,10 +106,10 @@ class ReadTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MODEL_FILE).resolve() != self.model_file.resolve():
             shutil.copyfile(self.model_file, folder / MODEL_FILE)
-        (folder / ADDED_FILE).write_text(json.dumps(self.added, indent=2) + "\n")
+        write_json(folder / ADDED_FILE, self.added)
         config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
                   "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}  # fmt: skip
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        write_json(folder / CONFIG_FILE, config)
 
 
 def load_tokenizer(folder: str | Path) -> ReadTokenizer:
@@ -115,12 +117,81 @@ def load_tokenizer(folder: str | Path) -> ReadTokenizer:
 
     Raises:
         FileNotFoundError: the folder has no `tokenizer.model`.
+        ValueError: a file is damaged or something else, or tokens have no id of their own; the message names it.
     """
     folder = Path(folder)
     if not (folder / MODEL_FILE).is_file():
         raise FileNotFoundError(f"{folder} has no {MODEL_FILE}: READ needs the SentencePiece model of its base beside it")
-    added = json.loads((folder / ADDED_FILE).read_text()) if (folder / ADDED_FILE).is_file() else {}
-    return ReadTokenizer(folder / MODEL_FILE, added)
+    tokenizer = ReadTokenizer(folder / MODEL_FILE)
+    tokenizer._set_added(_read_added(folder, tokenizer.pieces))
+    return tokenizer
+
+
+def _read_pieces(file: Path) -> sentencepiece.SentencePieceProcessor:
+    """The SentencePiece model in a file."""
+    data = read_bytes(file)
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        raise ValueError(f"{file} is no SentencePiece model, or a part of one: copy or download it again") from error
+    if min(pieces.bos_id(), pieces.eos_id(), pieces.unk_id()) < 0:
+        raise ValueError(f"{file} lacks <s>, </s> or <unk>: it is the SentencePiece model of another kind of tokenizer")
+    return pieces
+
+
+def _read_added(folder: Path, pieces: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
+    """Tokens that were added to the SentencePiece model: those of `added_tokens.json`, and what newer tools list beside it.
+
+    Raises:
+        ValueError: the two lists disagree, or ids are no whole numbers, shared, those of pieces, or not consecutive.
+    """
+    size = pieces.get_piece_size()
+    added: dict[str, int] = {}
+    source: dict[int, tuple[str, Path]] = {}
+    for file, token, index in _listed(folder):
+        if type(index) is not int or index < 0:
+            raise ValueError(f"{file}: the id of {shown(token)} must be a whole number, found {shown(index)}")
+        piece = pieces.id_to_piece(index) if index < size else token
+        if piece != token:
+            raise ValueError(
+                f"{file}: {token} has the id {index}, which is {shown(piece)} in {MODEL_FILE}; tokens that are added come after "
+                f"its {size} pieces"
+            )
+        if index < size and file.name == CONFIG_FILE:
+            continue  # <unk>, <s>, </s>, which are pieces
+        other, where = source.get(index, (token, file))
+        if other != token:
+            raise ValueError(f"{file}: {token} has the id {index}, which {other} has in {where.name}: each token needs its own")
+        if added.get(token, index) != index:
+            raise ValueError(f"{file}: {token} has the id {index}, but {added[token]} in {CONFIG_FILE}: they must agree")
+        added[token], source[index] = index, (token, file)
+    behind = sorted(index for index in added.values() if index >= size)
+    for after, index in enumerate(behind, size):
+        if index != after:
+            token, file = source[index]
+            raise ValueError(f"{file}: {token} has the id {index}, but none has {after}: ids must go on from {size} without gaps")
+    return added
+
+
+def _listed(folder: Path) -> Iterator[tuple[Path, str, Any]]:
+    """(file, token, id) of every added token that the two files list, `added_tokens_decoder` of the config first."""
+    file = folder / CONFIG_FILE
+    if file.is_file():
+        name = f"{file}: added_tokens_decoder"
+        for key, fields in as_object(read_object(file).get("added_tokens_decoder") or {}, name).items():
+            index = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key
+            yield file, as_text(as_object(fields, f"{name}, {key}").get("content"), f"{name}, {key}: content"), index
+    file = folder / ADDED_FILE
+    if file.is_file():
+        for token, index in read_object(file).items():
+            yield file, as_text(token, f"{file}: a token"), index
+
+
+def as_text(value: Any, name: str) -> str:
+    """`value`, which must be text that is not empty; ValueError begins with `name`."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be text, found {shown(value)}")
+    return value
 
 
 def add_read_tokens(tokenizer: ReadTokenizer) -> tuple[int, int, int]:
