@@ -8,4 +8,4 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-python -m utils.merge_lora "${1:?usage: bash merge_lora_weight.sh RUN OUT [flags]}" "${2:?OUT is missing}" "${@:3}"
+exec python -m utils.merge_lora "${1:?usage: bash merge_lora_weight.sh RUN OUT [flags]}" "${2:?OUT is missing}" "${@:3}"

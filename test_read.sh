@@ -10,4 +10,4 @@ cd "$(dirname "$0")"
 
 model=${1:?usage: bash test_read.sh MODEL [flags]}
 
-python test_read.py --version "$model" --protocol generate --data "fprefcoco|val" "${@:2}"
+exec python test_read.py --version "$model" --protocol generate --data "fprefcoco|val" "${@:2}"

@@ -9,11 +9,15 @@ DeepSpeed with the published settings (ZeRO-2, protocol §3) unless flags say ot
 
     config.json    the resolved settings, which merging reads back; trainable.txt, what trains and what is frozen
     log.jsonl, events.*    losses and scores: as JSON lines, and for TensorBoard
+    skipped.jsonl  broken samples that were replaced by others (--strict stops at the first)
     ckpt_model/    DeepSpeed checkpoints `step<N>`: the last and the best, no others
     best.json      which of them is the best (by cIoU), and its scores
 
 Started again with --auto_resume, a run goes on from its last checkpoint and computes what one does that is never interrupted:
 the order of the data is a function of (seed, epoch, index), dropout of (seed, forward pass, rank).
+
+Ctrl-C, SIGTERM and SIGUSR1 end a run after the step it is in, with a checkpoint, and exit status 130, 143 and 138; one more ends
+it at once.
 """
 
 from __future__ import annotations
@@ -33,62 +37,92 @@ from typing import TYPE_CHECKING, Any
 from utils import run_folder
 from utils.args import TrainArgs, parse_flags
 from utils.cli import plain_errors, torch_dtype
+from utils.stopping import Stopped, Stopping, name_of, quiet_worker
 
 if TYPE_CHECKING:
     from model import READForCausalLM, READProcessor
     from utils.distributed import World
-    from utils.runlog import RunLog
+    from utils.runlog import Averages, RunLog
 
 TERMS = ("loss", "ce_loss", "bce_loss", "dice_loss", "sim_loss")
 """Scalars of READOutput that are logged and watched."""
+AVERAGES_NAME = "averages.json"
+"""In a checkpoint: what was added up for the log, of each rank."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """The story; see the module's docstring."""
     given = parse_flags(argv)  # `--help` ends here, before anything heavy is imported
-    from model import get_preset
+    with plain_errors("train_read.py"), Stopping("train_read.py") as stopping:
+        from model import get_preset
+        from utils import distributed
+
+        args = TrainArgs.resolve(given, get_preset(given["preset"]) if given.get("preset") else None)
+        if args.dry_run:
+            if distributed.environment()[0] == 0:  # under a launcher one process speaks
+                dry_run(args)
+            return
+        try:
+            run(args, stopping)
+        except FloatingPointError as error:
+            raise ValueError(str(error)) from error
+        except RuntimeError as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            raise ConnectionError(f"another process of this run has ended, so that this one cannot go on ({error})") from error
+        finally:
+            distributed.stop()
+
+
+def run(args: TrainArgs, stopping: Stopping) -> None:
+    """One run, or one validation, from its first check to its last step."""
+    from dataset.fingerprint import fingerprint
     from utils import distributed
     from utils.engine import build_engine
     from utils.runlog import RunLog, setup_logging
 
-    with plain_errors("train_read.py"):
-        args = TrainArgs.resolve(given, get_preset(given["preset"]) if given.get("preset") else None)
-    if args.dry_run:
-        if int(os.environ.get("RANK", 0)) > 0:  # under a launcher one process speaks
-            return
-        with plain_errors("train_read.py"):
-            dry_run(args)
-        return
     world = distributed.start(engine=not args.eval_only)
     if args.precision == "fp16" and world.device.type == "cpu" and not args.eval_only:
-        raise SystemExit(
-            "train_read.py: DeepSpeed trains in fp16 on a GPU only; on this machine take --precision bf16 or fp32"
-        )
+        raise ValueError("DeepSpeed trains in fp16 on a GPU only; on this machine take --precision bf16 or fp32")
     setup_logging(world.is_main)
-    log = RunLog(None, world.is_main)
-    try:
-        with plain_errors("train_read.py"):
-            check_packages(args)
-            run_folder.check(args)
-            train_data, val_data = open_data(args)  # what is missing on disk shows before minutes go into loading a model
-            distributed.seed_everything(args.seed)  # the same on all ranks: new weights must agree
-            model, processor = build_model(args, world, log)
+    with contextlib.ExitStack() as stack:
+        log = RunLog(None, world.is_main)
+        check_packages(args)
+        if not args.eval_only:
+            distributed.main_first(world, lambda: run_folder.check(args))
+        train_data, val_data = open_data(args)  # what is missing on disk shows before minutes go into loading a model
+        record: dict[str, Any] = {}
+        if not args.eval_only:
+
+            def claim() -> None:
+                stack.enter_context(run_folder.hold(args))
+                record["data"] = fingerprint(train_data)
+                record["changed"] = run_folder.check_changes(args, record["data"])
+
+            distributed.main_first(world, claim)
+        distributed.seed_everything(args.seed)  # the same on all ranks: new weights must agree
+        model, processor = build_model(args, world, log)
         if args.eval_only:
             validate(args, model, processor, val_data, world, log, step=0)
             return
         run_folder.prepare(args, world)
         engine = build_engine(args, model, world.device)
-        with plain_errors("train_read.py"):
-            resume(args, engine, world, log)
-        run_folder.write_settings(args, engine.module, world)
+        averages = resume(args, engine, world, log)
+        if record.get("changed"):
+            log.say(f"--resume_with_changes: {json.dumps(record['changed'])}")
+        run_folder.write_settings(args, engine.module, world, engine.global_steps, record)
         log = RunLog(
             args.run_dir, world.is_main, engine.global_steps, (run_folder.read_best(args.run_dir) or {}).get("measured_step", 0),
             wandb_name=args.exp_name if args.use_wandb else None,
         )  # fmt: skip
-        train(args, engine, processor, build_loader(args, train_data, processor, world), val_data, world, log)
-    finally:
-        log.close()
-        distributed.stop()
+        stack.callback(log.close)
+        with stopping.gently():
+            loader = build_loader(args, train_data, processor, world)
+            asked = train(args, engine, processor, loader, averages, val_data, world, log, stopping)
+            del loader  # ends its workers
+        log.say_skipped()
+    if asked:
+        raise Stopped(asked)
 
 
 # ------------------------------------------------------------------------------------------------ build
@@ -218,24 +252,26 @@ def build_loader(args: TrainArgs, mixture: Any, processor: READProcessor, world:
     from torch.utils.data import DataLoader
 
     from dataset.collate import collate
-    from dataset.mixture import EpochSampler
+    from dataset.mixture import Batches, EpochSampler, as_is
 
     batches = args.steps_per_epoch * args.grad_accumulation_steps
     workers = min(args.workers, os.cpu_count() or 1)  # more than there are cores only get into each other's way
+    collated = partial(
+        collate,
+        processor=processor,
+        training=True,
+        padding="right",
+        model_max_length=args.model_max_length,
+        conv_type=args.conv_type,
+    )
     return DataLoader(
-        mixture,
+        Batches(mixture, collated, args.strict),
         batch_size=args.batch_size,
         sampler=EpochSampler(batches, args.batch_size, world.rank, world.size),
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=partial(
-            collate,
-            processor=processor,
-            training=True,
-            padding="right",
-            model_max_length=args.model_max_length,
-            conv_type=args.conv_type,
-        ),
+        collate_fn=as_is,
+        worker_init_fn=quiet_worker,
     )
 
 
@@ -243,28 +279,50 @@ def build_loader(args: TrainArgs, mixture: Any, processor: READProcessor, world:
 
 
 def train(
-    args: TrainArgs, engine: Any, processor: READProcessor, loader: Any, val_data: Any, world: World, log: RunLog
-) -> None:
-    """Epochs of training, each followed by validation and a checkpoint, until the steps or the time are used up."""
+    args: TrainArgs, engine: Any, processor: READProcessor, loader: Any, averages: dict[str, Averages], val_data: Any,
+    world: World, log: RunLog, stopping: Stopping,
+) -> int:  # fmt: skip
+    """Epochs of training, each followed by validation and a checkpoint, until the steps or the time are used up.
+
+    Args:
+        averages: of `resume`.
+
+    Returns:
+        The signal that ended it after some step, 0 if none did. Its checkpoint is whole then.
+    """
     from utils import distributed
 
     budget, step = Budget(args, world), engine.global_steps
     there = (args.run_dir / "ckpt_model" / f"step{step}").is_dir()
     late = there and is_measured_after(args, step) and (run_folder.read_best(args.run_dir) or {}).get("measured_step") != step
-    if distributed.from_main(late, world.device):  # it was stopped between saving and measuring
-        measure(args, engine, processor, val_data, world, log)
-    over = budget.steps_spent(step)
-    while not over:
-        train_epoch(args, engine, loader, budget, world, log)
-        over = budget.spent(engine.global_steps)
-        save(args, engine, world)  # before it is measured: a failing validation costs no epoch
-        measure(args, engine, processor, val_data, world, log)
+    late = distributed.from_main(late, world.device)  # it was stopped between saving and measuring
+    over, asked = budget.steps_spent(step), 0
+    while late or not over:
+        if not late:
+            asked = train_epoch(args, engine, loader, averages, budget, world, log, stopping)
+            over = budget.spent(engine.global_steps)
+            save(args, engine, averages, world)  # before it is measured: a failing validation costs no epoch
+        late = False
+        asked = asked or distributed.largest(stopping.asked, world.device)
+        if asked:
+            break
+        with stopping.gently(False):  # a validation that is cut off is made up for when the run goes on
+            measure(args, engine, processor, val_data, world, log)
     best = run_folder.read_best(args.run_dir)
     if engine.module.sam_cache is not None:
         log.say(str(engine.module.sam_cache))
+    if asked:
+        spoiling = [flag for flag, given in (("--overwrite", args.overwrite), ("--resume", args.resume)) if given]
+        log.say(
+            f"stopped by {name_of(asked)} after step {engine.global_steps}; saved: {args.run_dir / 'ckpt_model'}/"
+            f"step{engine.global_steps}. The same command with --auto_resume"
+            + (f" in place of {' and '.join(spoiling)}" if spoiling else "") + " goes on from there"
+        )  # fmt: skip
+        return asked
     log.say(
         f"done: {engine.global_steps} steps in {budget.elapsed():.0f} s; best checkpoint {best['tag'] if best else '-'}"
     )
+    return 0
 
 
 def is_measured_after(args: TrainArgs, step: int) -> bool:
@@ -308,16 +366,29 @@ class Budget:
             group["lr"] = min(group["lr"], self.args.lr * left)
 
 
-def train_epoch(args: TrainArgs, engine: Any, loader: Any, budget: Budget, world: World, log: RunLog) -> None:
-    """Trains to the end of the epoch that the engine is in, or until the budget is spent; saves every --save_every steps."""
+def train_epoch(
+    args: TrainArgs, engine: Any, loader: Any, averages: dict[str, Averages], budget: Budget, world: World, log: RunLog,
+    stopping: Stopping,
+) -> int:  # fmt: skip
+    """Trains to the end of the epoch that the engine is in, until the budget is spent, or to the step in which a signal came.
+
+    Saves every --save_every steps. Returns the signal, the same on all ranks, or 0.
+
+    Raises:
+        ValueError: the data is broken, and --strict is given or nothing else is left.
+    """
     import torch
     from tqdm import tqdm
 
-    from utils.runlog import Averages
+    from utils import distributed
 
     epoch, done = divmod(engine.global_steps, args.steps_per_epoch)
     loader.sampler.start_at(epoch, done * args.grad_accumulation_steps)
-    recent, whole = Averages(TERMS), Averages(TERMS)
+    recent, whole = averages["recent"], averages["whole"]
+    if not done:
+        whole.reset()
+    broken: list[dict[str, Any]] = []
+    asked = 0
     dtype = torch_dtype(args.precision)
     since, since_step = time.monotonic(), engine.global_steps
     bar = tqdm(
@@ -330,6 +401,8 @@ def train_epoch(args: TrainArgs, engine: Any, loader: Any, budget: Budget, world
     )
     with contextlib.closing(bar):
         for number, batch in enumerate(loader, start=engine.global_steps * args.grad_accumulation_steps):
+            if isinstance(batch, ValueError):
+                raise batch
             # Dropout is a function of the forward pass and the rank, so it needs no state to be resumed.
             torch.manual_seed((args.seed * 1_000_003 + number) * world.size + world.rank)
             batch = batch.to(world.device, dtype)
@@ -337,6 +410,8 @@ def train_epoch(args: TrainArgs, engine: Any, loader: Any, budget: Budget, world
             values = check_finite(output, batch, engine.global_steps)
             recent.add(values)
             whole.add(values)
+            reasons = [why for sample in batch.samples for why in sample.meta.get("skipped", ())]
+            broken += [{"step": engine.global_steps + 1, "why": why} for why in reasons]
             engine.backward(output.loss)
             boundary = engine.is_gradient_accumulation_boundary()
             engine.step()
@@ -359,12 +434,25 @@ def train_epoch(args: TrainArgs, engine: Any, loader: Any, budget: Budget, world
                     {**means, "lr": engine.get_lr()[0], "grad_norm": float(norm or 0), "s_per_step": speed},
                 )
                 recent.reset()
-            if budget.spent(step):
+                skip_on_all_ranks(broken, world, log)
+            asked = distributed.largest(stopping.asked, world.device)
+            if asked or budget.spent(step):
                 break
             if saves:
-                save(args, engine, world)
+                save(args, engine, averages, world)
+    skip_on_all_ranks(broken, world, log)
     means = mean_over_ranks(whole, world)
     log.say(f"step {engine.global_steps}: mean of the epoch " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))
+    return asked
+
+
+def skip_on_all_ranks(broken: list[dict[str, Any]], world: World, log: RunLog) -> None:
+    """Counts every rank's broken samples, and forgets them here."""
+    from utils import distributed
+
+    if distributed.largest(len(broken), world.device):
+        log.skip([one for ranks in distributed.gather_objects(broken) for one in ranks])
+    broken.clear()
 
 
 def check_finite(output: Any, batch: Any, step: int) -> dict[str, float | None]:
@@ -415,12 +503,14 @@ def validate(
 # ------------------------------------------------------------------------------------------------ save and resume
 
 
-def save(args: TrainArgs, engine: Any, world: World) -> None:
-    """A checkpoint of this step; of the older ones the best is kept."""
+def save(args: TrainArgs, engine: Any, averages: dict[str, Averages], world: World) -> None:
+    """A checkpoint of this step, with the sums that its log lines lack yet; of the older ones the best is kept."""
+    from utils import distributed
     from utils.engine import prune, save_checkpoint
 
     folder, best = args.run_dir / "ckpt_model", run_folder.read_best(args.run_dir)
-    tag = save_checkpoint(engine, folder, world, args.save_frozen)
+    ranks = distributed.gather_objects({name: one.totals() for name, one in averages.items()})
+    tag = save_checkpoint(engine, folder, world, args.save_frozen, beside={AVERAGES_NAME: ranks})
     prune(folder, {tag, best["tag"] if best else tag}, world)
 
 
@@ -451,14 +541,25 @@ def measure(
     prune(folder, {tag, best["tag"]}, world)
 
 
-def resume(args: TrainArgs, engine: Any, world: World, log: RunLog) -> None:
-    """Continues from --resume's last checkpoint, or with --auto_resume from this run's own if there is one."""
-    from utils.engine import has_checkpoint, load_checkpoint
+def resume(args: TrainArgs, engine: Any, world: World, log: RunLog) -> dict[str, Averages]:
+    """Continues from --resume's last checkpoint, or with --auto_resume from this run's own if there is one.
 
-    folder = (Path(args.resume) if args.resume else args.run_dir) / "ckpt_model"
-    if args.resume or (args.auto_resume and has_checkpoint(folder)):
-        path = load_checkpoint(engine, folder, world)
+    Returns:
+        Means that are not logged yet: `recent`, since the last log line, and `whole`, of the epoch.
+    """
+    from utils.engine import load_checkpoint
+    from utils.files import read_json
+    from utils.runlog import Averages
+
+    averages = {"recent": Averages(TERMS), "whole": Averages(TERMS)}
+    source = run_folder.source_of(args)
+    if source is not None:
+        path = Path(load_checkpoint(engine, source / "ckpt_model", world))
         log.say(f"resumed {path} after step {engine.global_steps}")
+        if (file := source / "ckpt_model" / f"step{engine.global_steps}" / AVERAGES_NAME).is_file():
+            for name, totals in read_json(file)[world.rank].items():
+                averages[name].restore(totals)
+    return averages
 
 
 if __name__ == "__main__":

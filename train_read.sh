@@ -7,7 +7,11 @@
 #   HOSTFILE=hosts bash train_read.sh read-13b-stage1    several nodes; a line of the file is `node1 slots=8`
 #
 # With several GPUs, with NUM_PROCS or HOSTFILE, the deepspeed launcher starts one process on each; else it is plain python.
-# Nodes are reached by pdsh over ssh and share this folder (checkpoints too), the environment and the data.
+# Nodes are reached by pdsh over ssh and share this folder (checkpoints too), the environment and the data. A file .deepspeed_env
+# here or in your home names the network between them, a line each: GLOO_SOCKET_IFNAME=eth0, NCCL_SOCKET_IFNAME=eth0. Without it,
+# nodes whose name means 127.0.0.1 to themselves (see /etc/hosts) wait for each other until the start is given up.
+# READ_RENDEZVOUS_S is how long that takes, 300 seconds unless it is set; MASTER_PORT is the port at which processes meet.
+# Ctrl-C, SIGTERM and SIGUSR1 (SLURM: --signal=USR1@120) save and stop; --auto_resume goes on.
 # `bash train_read.sh mini --help` lists the flags, model/presets.py what each preset sets. Paths count from here.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -30,4 +34,4 @@ else  # the launcher keeps to these, unless --num_gpus is given: then it would t
   export CUDA_VISIBLE_DEVICES
 fi
 
-"${launch[@]}" train_read.py --preset "$preset" "${@:2}"
+exec "${launch[@]}" train_read.py --preset "$preset" "${@:2}"

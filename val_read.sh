@@ -10,4 +10,4 @@ cd "$(dirname "$0")"
 
 model=${1:?usage: bash val_read.sh MODEL [flags]}
 
-python test_read.py --version "$model" --protocol forced --data "ReasonSeg|val" "refcoco|val" "${@:2}"
+exec python test_read.py --version "$model" --protocol forced --data "ReasonSeg|val" "refcoco|val" "${@:2}"

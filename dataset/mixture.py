@@ -6,12 +6,15 @@ indices see different samples (in the original all ranks drew the same ones, §8
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from .types import Sample
+from .types import Batch, Sample
+
+ATTEMPTS = 100
+"""So many samples in a row may be broken."""
 
 
 class Drawable(Protocol):
@@ -56,10 +59,65 @@ class Mixture:
         """The sample of a key (epoch, index), always the same one. Workers that outlive an epoch need not be told of the next."""
         return self.sample(*key)
 
-    def sample(self, epoch: int, index: int) -> Sample:
-        """The sample of that epoch and index, always the same one."""
+    def sample(self, epoch: int, index: int, attempt: int = 0) -> Sample:
+        """The sample of that epoch and index, always the same one.
+
+        Args:
+            attempt: from 1 on, a replacement out of the same set, where those before are broken.
+        """
         rng = np.random.default_rng([self.seed, epoch, index])
-        return self.sets[rng.choice(len(self.sets), p=self.shares)].draw(rng)
+        drawn = self.sets[rng.choice(len(self.sets), p=self.shares)]
+        return drawn.draw(np.random.default_rng([self.seed, epoch, index, attempt]) if attempt else rng)
+
+
+class BrokenDataError(ValueError):
+    """A sample that cannot be trained on, where it must not be replaced."""
+
+
+class Batches:
+    """Batches of a mixture by the keys of their samples, the map-style data set of a DataLoader.
+
+    A sample that cannot be read or put into a batch (a cut image, a mask of another size, an empty dialogue) is replaced by
+    another draw of its set; what was wrong stands in `Sample.meta["skipped"]` of the one that took its place. Which draw is a
+    function of seed, epoch, index and attempt, so that ranks, workers and a resumed run agree.
+    """
+
+    def __init__(self, mixture: Mixture, collate: Callable[[list[Sample]], Batch], strict: bool = False) -> None:
+        self.mixture, self.collate, self.attempts = mixture, collate, 1 if strict else ATTEMPTS
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | BrokenDataError:
+        """A batch. An error is handed back, not raised: a DataLoader would wrap its message into a traceback."""
+        try:
+            samples = [self._draw(key) for key in keys]
+            try:
+                return self.collate(samples)
+            except (ValueError, OSError):  # one of them, which draws without a fault, has one that only the tokeniser finds
+                samples = [self._draw(key, try_alone=True) for key in keys]
+            return self.collate(samples)
+        except BrokenDataError as error:
+            return error
+
+    def _draw(self, key: tuple[int, int], try_alone: bool = False) -> Sample:
+        skipped: list[str] = []
+        for attempt in range(self.attempts):
+            try:
+                sample = self.mixture.sample(*key, attempt)
+                if try_alone:
+                    self.collate([sample])
+            except (ValueError, OSError) as error:
+                skipped.append(str(error))
+                continue
+            if skipped:
+                sample.meta["skipped"] = skipped
+            return sample
+        if self.attempts == 1:
+            raise BrokenDataError(f"{skipped[0]} (--strict; without it, this sample is skipped and counted)")
+        raise BrokenDataError(f"{self.attempts} samples in a row are broken; the last: {skipped[-1]}")
+
+
+def as_is(batch: Batch) -> Batch:
+    """`collate_fn` of a DataLoader over `Batches`, which are collated already."""
+    return batch
 
 
 class EpochSampler:

@@ -13,10 +13,13 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import types
 import typing
 from pathlib import Path
 from typing import Any
+
+from utils.files import write_json
 
 CONFIG_NAME = "config.json"
 
@@ -100,6 +103,7 @@ class TrainArgs:
     own_data: str = flag("", "sources of own: paths of your own data (dataset/own.py), joined by ||")
     cache_dir: str | None = flag(None, "keep SAM's features of every picture here, and take them from here the next time")
     allow_missing: bool = flag(False, "name the data sets that are not on disk and train on the rest")
+    strict: bool = flag(False, "stop at the first broken sample, which is else skipped and counted")
     num_classes_per_sample: int = flag(1, "questions about one picture in a training sample")
     workers: int = flag(4, "processes that load data; 0 loads in the training process")
 
@@ -135,6 +139,9 @@ class TrainArgs:
     print_freq: int = flag(3, "steps over which a logged value is averaged")
     resume: str | None = flag(None, "run to continue from (a folder with config.json and ckpt_model)")
     auto_resume: bool = flag(False, "continue from this run's own last checkpoint, if it has one")
+    resume_with_changes: bool = flag(
+        False, "resume with other data, seed, batch size, loss, ... than the run had; config.json records the changes"
+    )
     overwrite: bool = flag(False, "delete what an earlier run of this name left")
     save_every: int | None = flag(None, "save every so many steps within an epoch too, for runs that may be cut off")
     use_wandb: bool = flag(False, "curves to Weights & Biases too (pip install wandb; WANDB_MODE=offline keeps them here)")
@@ -171,10 +178,20 @@ class TrainArgs:
             complaints.append("--cache_dir needs --zero_stage 2: in ZeRO-3 all processes must run SAM's encoder together")
         if self.lora_r < 0 or self.workers < 0:
             complaints.append(f"--lora_r and --workers must not be negative, found {self.lora_r} and {self.workers}")
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                complaints.append(f"--{name} must be a finite number, found {value}")
+        if self.seed < 0:
+            complaints.append(f"--seed must not be negative, found {self.seed}")
+        name = os.path.normpath(self.exp_name)
+        if not self.exp_name or name == os.curdir or os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+            complaints.append(f"--exp_name must be a name within --log_base_dir, found {self.exp_name!r}")
         if self.conv_type not in SYSTEM:
             complaints.append(f"--conv_type must be one of {', '.join(SYSTEM)}, found {self.conv_type!r}")
         if self.resume and self.auto_resume:
             complaints.append("--resume names the run to continue, --auto_resume means this one: give one of the two")
+        if self.resume_with_changes and not (self.resume or self.auto_resume):
+            complaints.append("--resume_with_changes needs --auto_resume or --resume")
         if self.eval_only and (self.resume or self.auto_resume):
             complaints.append("--eval_only measures --version: merge the run first (merge_lora_weight.sh), then name that")
         try:
@@ -195,6 +212,18 @@ class TrainArgs:
     def quantized(self) -> int | None:
         """Bits of the frozen language model's weights, None for those of --precision."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    def places(self) -> dict[str, str | None]:
+        """Flag -> path of everything that this run reads, where it is a path."""
+        own = {f"--own_data {path}": path for path in self.own_data.split("||") if path}
+        names = ("version", "vision_tower", "vision_pretrained", "dataset_dir", "val_dataset", "resume", "cache_dir")
+        return {f"--{name}": getattr(self, name) for name in names} | own
+
+    def changes(self, before: TrainArgs) -> dict[str, tuple[Any, Any]]:
+        """Flags that decide the numbers of a run and differ from those it had: name -> (was, is)."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in SAME_NUMBERS]
+        values = {name: (getattr(before, name), getattr(self, name)) for name in names}
+        return {name: (was, now) for name, (was, now) in values.items() if was != now}
 
     def mixture(self) -> list[tuple[str, float]]:
         """(data set, rate) pairs of --dataset and --sample_rates."""
@@ -255,10 +284,7 @@ class TrainArgs:
 
     def save(self, file: str | Path, **beside: Any) -> None:
         """Writes JSON: the settings under `train`, and what else belongs to the record of a run beside them."""
-        text = json.dumps({"train": dataclasses.asdict(self), **beside}, indent=2)
-        partial = Path(f"{file}.partial")
-        partial.write_text(text + "\n")
-        partial.replace(file)
+        write_json(file, {"train": dataclasses.asdict(self), **beside})
 
     @classmethod
     def load(cls, run: str | Path) -> TrainArgs:
@@ -290,6 +316,18 @@ class TrainArgs:
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
+
+SAME_NUMBERS = frozenset({
+    "preset", "exp_name", "log_base_dir", "dataset_dir", "cache_dir", "allow_missing", "strict", "workers", "no_eval",
+    "eval_only", "max_steps", "print_freq", "resume", "auto_resume", "resume_with_changes", "overwrite", "save_every",
+    "use_wandb", "dry_run", "save_frozen", "local_rank",
+})  # fmt: skip
+"""Flags that a run may change when it is resumed, and still computes the same. Of the data, the content counts, not the place."""
+FIXED = (
+    "version", "vision_tower", "vision_pretrained", "precision", "load_in_4bit", "load_in_8bit", "zero_stage", "lora_r",
+    "lora_alpha", "lora_target_modules", "train_mask_decoder",
+)  # fmt: skip
+"""Flags that a checkpoint fits; no run can change them."""
 
 SASP_FLAGS = ("num_points", "t_pos", "t_neg", "down_sample", "geometry")
 LOSS_FLAGS = ("ce", "bce", "dice", "sim")

@@ -12,11 +12,17 @@ import os
 import random
 import socket
 import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from utils.stopping import end_with_launcher, exit_now, is_launched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +45,51 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def environment() -> tuple[int, int, int]:
+    """(rank, size, local rank) of this process, from the variables that a launcher sets: RANK, WORLD_SIZE, LOCAL_RANK.
+
+    Raises:
+        ValueError: they contradict each other; the message names them.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    fault = next((f"{name} is no whole number" for name, text in given.items() if not text.strip().isdecimal()), None)
+    if fault is None:
+        rank, size, local_rank = (int(given.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True))
+        if "WORLD_SIZE" not in given and "RANK" in given:
+            fault = "RANK needs WORLD_SIZE, the number of processes"
+        elif size < 1:
+            fault = "WORLD_SIZE must be at least 1"
+        elif size > 1 and "RANK" not in given:
+            fault = f"each of {size} processes needs its RANK"
+        elif rank >= size:
+            fault = f"RANK must be below WORLD_SIZE, which is {size}"
+        elif local_rank >= size:
+            fault = f"LOCAL_RANK must be below WORLD_SIZE, which is {size}"
+        elif _on_gpu() and size > 1 and "LOCAL_RANK" not in given and torch.cuda.device_count() > 1:
+            fault = "LOCAL_RANK must say which GPU of this machine is this process's"
+        elif _on_gpu() and local_rank >= torch.cuda.device_count():
+            fault = f"LOCAL_RANK names a GPU that is not there: this process sees {torch.cuda.device_count()}"
+        else:
+            return rank, size, local_rank
+    told = ", ".join(f"{name}={given[name]!r}" if name in given else f"{name} unset" for name in names)
+    raise ValueError(f"{told}: {fault}. A launcher sets all three; for one process alone unset them")
+
+
 def start(engine: bool) -> World:
     """The world of this process, from the variables that a launcher sets (RANK, WORLD_SIZE, LOCAL_RANK).
 
     Args:
         engine: a DeepSpeed engine will be built, which needs a process group even for one process.
+
+    Raises:
+        ValueError: the launcher's variables contradict each other.
+        OSError: the other processes do not come, cannot be reached, or the port is taken.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     choose_accelerator()
+    rank, size, local_rank = environment()
+    if size > 1 or is_launched():
+        end_with_launcher()
     if _on_gpu():
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
@@ -66,18 +107,92 @@ def _start_group(rank: int, size: int, local_rank: int, engine: bool) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    os.environ.setdefault("MASTER_PORT", "29500")
-    if not engine:  # to evaluate, DeepSpeed need not be installed
-        # Shares are equal in pictures, not in hours: who is done early waits for the others.
-        dist.init_process_group("nccl" if _on_gpu() else "gloo", timeout=datetime.timedelta(days=1))
-        return
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+    address, port = os.environ["MASTER_ADDR"], os.environ.setdefault("MASTER_PORT", "29500")
+    if not address.strip() or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"MASTER_ADDR={address!r}, MASTER_PORT={port!r}: must be a host and a port, the same for all processes")
+    limit = _rendezvous_limit()
+    meeting = f"process {rank} of {size}, at MASTER_ADDR:MASTER_PORT {address}:{port}"
+    failed = (
+        f"the {size} processes did not meet within {limit.total_seconds():g} s (READ_RENDEZVOUS_S); this is {meeting}. Start "
+        "all of them, or unset RANK and WORLD_SIZE for one alone. On several nodes, set GLOO_SOCKET_IFNAME and "
+        "NCCL_SOCKET_IFNAME to the network's name, in .deepspeed_env for the deepspeed launcher"
+    )
+    # Only the first says so at once; the others would repeat it at each start.
+    waits = _later(5 * (rank > 0), lambda: _tell(f"waiting for {size} processes; this is {meeting}"))
+    # torch waits for ever where something else than a peer answers.
+    gives_up = _later(limit.total_seconds() + 15, lambda: (_tell(f"{Path(sys.argv[0]).name}: {failed}"), exit_now(2)))
+    try:
+        if size > 1:
+            waits.start()
+            gives_up.start()
+            if rank > 0:
+                _reach(address, int(port), limit)
+            store = next(dist.rendezvous("env://", timeout=limit))  # noqa: F841  kept until the group is made, which finds it
+        _make_group(engine, limit)
+        barrier()
+    except (RuntimeError, OSError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise OSError(
+                f"MASTER_PORT {port} is in use by another program on this machine: set the variable MASTER_PORT (with the "
+                "deepspeed launcher: --master_port) to a free port"
+            ) from error
+        raise TimeoutError(f"{failed} ({str(error).splitlines()[0]})") from error
+    finally:
+        waits.cancel()
+        gives_up.cancel()
 
-    if get_accelerator().device_name() == "cpu":
-        # Else DeepSpeed looks for compilers and builds, half a minute long, a shared-memory op for inference only.
-        deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(verbose=False)
+
+def _later(seconds: float, action: Callable[[], object]) -> threading.Timer:
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    return timer
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _rendezvous_limit() -> datetime.timedelta:
+    """READ_RENDEZVOUS_S, 300 seconds unless it is set."""
+    text = os.environ.get("READ_RENDEZVOUS_S", "300")
+    try:
+        limit = datetime.timedelta(seconds=float(text))
+    except (ValueError, OverflowError):
+        limit = datetime.timedelta(0)
+    if not limit > datetime.timedelta(0):
+        raise ValueError(f"READ_RENDEZVOUS_S={text!r}: must be a number of seconds above 0")
+    return limit
+
+
+def _reach(address: str, port: int, limit: datetime.timedelta) -> None:
+    """Waits until the first process listens; torch, which would wait as well, fills the screen meanwhile."""
+    begin = time.monotonic()
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=5).close()
+        except OSError:
+            if time.monotonic() - begin > limit.total_seconds():
+                raise
+        time.sleep(0.5)
+
+
+def _make_group(engine: bool, limit: datetime.timedelta) -> None:
+    """A process group whose members find each other within `limit`, and then have more time for each other."""
+    if engine:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.constants import default_pg_timeout as patience
+
+        if get_accelerator().device_name() == "cpu":
+            # Else DeepSpeed looks for compilers and builds, half a minute long, a shared-memory op for inference only.
+            deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.init_distributed(verbose=False, timeout=limit)
+    else:  # to evaluate, DeepSpeed need not be installed
+        # Shares are equal in pictures, not in hours: who is done early waits for the others.
+        patience = datetime.timedelta(days=1)
+        dist.init_process_group("nccl" if _on_gpu() else "gloo", timeout=limit)
+    # torch < 2.14 has it under a private name.
+    (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(patience)
 
 
 def _on_gpu() -> bool:
@@ -135,6 +250,36 @@ def from_main(value: Any, device: torch.device) -> Any:
         dist.broadcast(message, src=0)
         return message.item()
     return value
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of the ranks' values, on every rank."""
+    if _several():
+        message = torch.tensor([value], device=device)
+        dist.all_reduce(message, op=dist.ReduceOp.MAX)
+        return int(message.item())
+    return value
+
+
+def main_first(world: World, action: Callable[[], None]) -> None:
+    """Runs something on the main process alone; where it fails there, the other ranks end as well, without a word.
+
+    Raises:
+        OSError, ValueError: on the main process, those of the action. SystemExit: on the others.
+    """
+    failure: Exception | None = None
+    if world.is_main:
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            failure = error
+    if from_main(failure is not None, world.device):
+        raise failure or SystemExit(2)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """True of an error that says that another rank has ended."""
+    return _several() and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -10,12 +10,17 @@ DeepSpeed is imported where it is used: validation alone does not need it.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import distributed
+from utils.files import read_text, write_json, write_text
+from utils.outputs import remove
 
 if TYPE_CHECKING:
     import torch
@@ -94,35 +99,63 @@ def deepspeed_config(args: TrainArgs, trained: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def save_checkpoint(engine: Any, folder: Path, world: World, save_frozen: bool = False) -> str:
-    """Writes `folder/step<N>` and returns its name; whenever this is interrupted, `latest` names a whole checkpoint."""
+def save_checkpoint(
+    engine: Any, folder: Path, world: World, save_frozen: bool = False, beside: Mapping[str, Any] | None = None
+) -> str:
+    """Writes `folder/step<N>` and returns its name; whenever this is interrupted, `latest` names a whole checkpoint.
+
+    Args:
+        beside: file name -> what is kept in the checkpoint as JSON too.
+
+    Raises:
+        OSError: it cannot be written; the message says why, and which checkpoint is whole.
+    """
     tag = f"step{engine.global_steps}"
     partial = folder / f"{tag}.partial"
-    if world.is_main and partial.exists():
-        shutil.rmtree(partial)
-    distributed.barrier()
-    engine.save_checkpoint(
-        str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=not save_frozen
-    )
-    distributed.barrier()  # all ranks have written their shards
-    if world.is_main:
-        if (folder / tag).exists():
-            shutil.rmtree(folder / tag)
-        partial.rename(folder / tag)
-        name = folder / f"{LATEST}.partial"
-        name.write_text(tag)
-        name.replace(folder / LATEST)
+    try:
+        if world.is_main and partial.exists():
+            remove(partial)
+        distributed.barrier()
+        engine.save_checkpoint(
+            str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=not save_frozen
+        )
+        distributed.barrier()  # all ranks have written their shards
+        if world.is_main:
+            for name, value in (beside or {}).items():
+                write_json(partial / name, value)
+            if (folder / tag).exists():
+                remove(folder / tag)
+            partial.rename(folder / tag)
+            write_text(folder / LATEST, tag)
+    except (OSError, RuntimeError) as error:
+        # torch tells a full disk and a file that is too large as a RuntimeError of its writer.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        with contextlib.suppress(OSError):
+            remove(partial)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        whole = f"{folder / read_latest(folder)} is whole" if has_checkpoint(folder) else "there is no earlier one"
+        free = shutil.disk_usage(folder.parent).free // 2**20
+        raise OSError(
+            f"the checkpoint {folder / tag} cannot be written ({why}; {free} MiB are free): {whole}; make room, then go on with "
+            "--auto_resume"
+        ) from error
     distributed.barrier()
     return tag
 
 
 def prune(folder: Path, keep: set[str], world: World) -> None:
-    """Deletes all checkpoints of a folder, half-written ones too, but those to `keep`."""
+    """Deletes all checkpoints of a folder, half-written ones too, but those to `keep`; what has another name stays."""
     if world.is_main:
         for old in folder.glob("step*"):
-            if old.name not in keep:
-                shutil.rmtree(old)
+            if re.fullmatch(r"step\d+(\.partial)?", old.name) and old.name not in keep:
+                remove(old)
     distributed.barrier()
+
+
+def read_latest(folder: Path) -> str:
+    """The name of the last checkpoint that is whole."""
+    return read_text(folder / LATEST).strip()
 
 
 def has_checkpoint(folder: Path) -> bool:

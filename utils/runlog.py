@@ -12,12 +12,18 @@ import math
 import secrets
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from utils.args import CONFIG_NAME
+from utils.files import read_jsonl, read_object, write_text
+
+SHOWN = 20
+"""So many kinds of broken samples are told at the end, the rest is counted."""
 
 
 class _TqdmHandler(logging.Handler):
@@ -62,21 +68,27 @@ class RunLog:
         """
         self.is_main = is_main
         self._logger = logging.getLogger("read")
-        self._lines = self._curves = self._wandb = None
+        self._lines = self._curves = self._wandb = self._broken = None
+        self.skipped: Counter[str] = Counter()
+        """Broken samples of this run, of all ranks, by what is wrong with them."""
         if folder is None or not is_main:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        drop_records(folder / "log.jsonl", after_step, measured_step)
-        self._lines = (folder / "log.jsonl").open("a")
+        for name in ("log.jsonl", "skipped.jsonl"):
+            drop_records(folder / name, after_step, measured_step)
+        self._lines = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self._broken = folder / "skipped.jsonl"
+        if self._broken.is_file() and self._broken.stat().st_size:
+            self.skipped.update(record["why"] for _, record in read_jsonl(self._broken))
         self._curves = SummaryWriter(str(folder), flush_secs=30, purge_step=after_step + 1)
         if wandb_name is not None:
             import wandb
 
             self._wandb = wandb.init(
                 project="READ", name=wandb_name, id=wandb_id(folder), dir=str(folder), resume="allow",
-                config=json.loads((folder / CONFIG_NAME).read_text()),
+                config=read_object(folder / CONFIG_NAME),
             )  # fmt: skip
 
     def say(self, text: str) -> None:
@@ -89,13 +101,33 @@ class RunLog:
         if self._lines is None:
             return
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
-        self._lines.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 1), **clean}) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._curves.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self._lines.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 1), **clean}) + "\n")
+            self._lines.flush()
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self._curves.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:  # a full disk: it names no file by itself
+            raise OSError(f"{self._lines.name} cannot be written: {error.strerror or error}") from error
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def skip(self, broken: Sequence[dict[str, Any]]) -> None:
+        """Counts broken samples, each a `step` and `why`; what is new is said, and all are kept in RUN/skipped.jsonl."""
+        for record in broken:
+            if record["why"] not in self.skipped:
+                self.say(f"a broken sample is skipped: {record['why']}")
+            self.skipped[record["why"]] += 1
+        if broken and self._broken is not None:
+            with self._broken.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"kind": "skipped", **record}) + "\n" for record in broken)
+
+    def say_skipped(self) -> None:
+        """What was skipped in the whole run, if anything was."""
+        if self.skipped:
+            told = [f"{count} x {why}" for why, count in self.skipped.most_common(SHOWN)]
+            more = [f"and {len(self.skipped) - SHOWN} more, in {self._broken}"] if len(self.skipped) > SHOWN else []
+            self.say("\n  ".join([f"{self.skipped.total()} broken samples were skipped:", *told, *more]))
 
     def close(self) -> None:
         """Flushes curves and lines."""
@@ -124,25 +156,23 @@ def drop_records(file: Path, after_step: int, measured_step: int) -> None:
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
             if record["step"] > (measured_step if record["kind"] == "val" else after_step):
                 continue
-        except ValueError:  # cut off while it was written
+        except (ValueError, KeyError, TypeError):  # cut off while it was written
             continue
         kept.append(line + "\n")
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(file)
+    write_text(file, "".join(kept))
 
 
 def wandb_id(folder: Path) -> str:
     """Drawn once a run and kept with it, so that what is resumed goes on in one curve."""
     file = folder / "wandb_id"
     if not file.is_file():
-        file.write_text(secrets.token_hex(8))
-    return file.read_text()
+        write_text(file, secrets.token_hex(8))
+    return file.read_text(encoding="utf-8")
 
 
 class Averages:
@@ -170,6 +200,11 @@ class Averages:
     def totals(self) -> list[float]:
         """Sums, then counts: what ranks add up."""
         return [*self._sums.values(), *map(float, self._counts.values())]
+
+    def restore(self, totals: Sequence[float]) -> None:
+        """Takes up what `totals` gave in a run that was cut off."""
+        self._sums = dict(zip(self.names, totals[: len(self.names)], strict=True))
+        self._counts = {name: int(n) for name, n in zip(self.names, totals[len(self.names) :], strict=True)}
 
     def means(self, totals: list[float]) -> dict[str, float]:
         """Mean of each value that occurred, from totals added up over ranks."""
