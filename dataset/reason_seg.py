@@ -145,9 +145,14 @@ def outline(points: Any) -> np.ndarray:
         numbers = point if isinstance(point, list | tuple) else []
         if len(numbers) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
             raise ValueError(f"points: must be pairs [x, y] of numbers, found {shown(point)}")
-        if not all(abs(v) <= FAR for v in numbers):  # NaN compares as false
-            raise ValueError(f"points: {shown(list(numbers))} is no place in or near a picture")
-    return np.array(points, dtype=float).reshape(-1, 2)
+    try:
+        found = np.array(points, dtype=float).reshape(-1, 2)
+    except OverflowError as error:  # a whole number of 400 digits
+        raise ValueError(f"points: hold a number that is no place in or near a picture: {error}") from error
+    wrong = ~(np.abs(found) <= FAR).all(axis=1)  # NaN compares as false
+    if wrong.any():
+        raise ValueError(f"points: {found[wrong][0].tolist()} is no place in or near a picture")
+    return found
 
 
 def draw_mask(shapes: list[dict], height: int, width: int) -> np.ndarray:
