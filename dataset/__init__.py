@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def build_train(
         allow_missing: what is not on disk is named in a warning and left out; the rest keeps its proportions.
 
     Raises:
-        ValueError: an unknown family, as many rates as families are not given, or `own` without `own_data` or the reverse.
+        ValueError: an unknown family, an empty member, as many rates as families are not given, `own` without `own_data` or
+            the reverse, or a member is broken; the message names it, or its file.
         FileNotFoundError: members are not on disk; the message names all of them, and their files.
     """
     if len(dataset) != len(rates):
@@ -54,7 +56,7 @@ def build_train(
     if ("own" in dataset) != bool(own_data):
         raise ValueError(f"the data set 'own' and --own_data PATH need each other: found {', '.join(dataset)} and {own_data!r}")
     k = num_classes_per_sample
-    members = {
+    members: dict[str, list[str]] = {
         "sem_seg": sem_seg_data.split("||"),
         "refer_seg": refer_seg_data.split("||"),
         "neg_refer_seg": neg_refer_seg_data.split("||"),
@@ -63,6 +65,9 @@ def build_train(
         "reason_seg": [reason_seg_data],
         "own": own_data.split("||"),
     }
+    for name in dataset:
+        if not all(map(str.strip, members[name])):
+            raise ValueError(f"the data set {name!r} has an empty member: found {'||'.join(members[name])!r}, wanted NAME||NAME")
     sets, kept, missing = [], {}, []
     for name, rate in zip(dataset, rates, strict=True):
         there = []
@@ -122,7 +127,7 @@ def build_eval(
         return ReasonEvaluation(dataset_dir, split, protocol, templates == "random", seed)
     if name in SPLIT_BY:
         return ReferEvaluation(dataset_dir, name, split, protocol, templates == "random", seed)
-    if Path(name).expanduser().exists():
+    if name and os.path.exists(os.path.expanduser(name)):
         return OwnEvaluation(name, split, protocol, templates == "random", seed)
     raise ValueError(
         f"no evaluation set {name!r}: it is neither one of {', '.join(EVAL_SETS)}, nor the path of own data ({FORMS})"

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.cli import one_line, plain_errors
 from utils.image import read_image
 
 from .own import SHOWN as OWN_SHOWN
 from .own import OwnDataError, open_splits, question_mask
 from .reason_seg import Annotation, draw_mask, list_files, read_annotation
 from .refer_api import SPLIT_BY, Refer
-from .sem_seg import SOURCES
-from .vqa import VqaTraining
+from .sem_seg import SOURCES, Parts
+from .vqa import find_files, read_dialogues
 
 SHOWN = 5
 """So many faults of one set are told, the rest is counted."""
@@ -69,12 +70,12 @@ def check(family: str, name: str, dataset_dir: Path, pictures: bool = False) -> 
     look = {"sem_seg": _sem_seg, "reason_seg": _reason_seg, "vqa": _vqa, "own": _own}.get(family, _refer)
     try:
         for path, size in look(report, dataset_dir):
-            if path.is_file() and not pictures:
-                continue
             try:
+                if path.is_file() and not pictures:
+                    continue
                 found = read_image(path).shape[:2]
             except (OSError, ValueError) as error:
-                report.faults.append(str(error))
+                report.faults.append(one_line(error))
                 continue
             if size not in (None, found):
                 has, wants = (" x ".join(map(str, sides)) for sides in (found, size))
@@ -83,8 +84,8 @@ def check(family: str, name: str, dataset_dir: Path, pictures: bool = False) -> 
         report.missing = str(error)
     except OwnDataError as error:
         report.faults += error.faults
-    except ValueError as error:
-        report.faults.append(str(error))
+    except (OSError, ValueError) as error:
+        report.faults.append(one_line(error))
     return report
 
 
@@ -95,7 +96,8 @@ Picture = tuple[Path, tuple[int, int] | None]
 def _refer(report: Report, root: Path) -> Iterator[Picture]:
     refer = Refer(root, report.name)
     empty = set()
-    for name in sorted({str(ref.get("split", "")) for ref in refer.refs}):
+    # Where no ref has a split, asking for one tells why.
+    for name in sorted({str(ref.get("split", "")) for ref in refer.refs if isinstance(ref, dict)}) or ["train"]:
         split = Split(name)
         report.splits.append(split)
         for picture in refer.of_split(name):
@@ -130,9 +132,9 @@ def _reason_seg(report: Report, root: Path) -> Iterator[Picture]:
             split.pictures += 1
             yield picture, None
             try:
-                note = read_annotation(file)
+                note = read_annotation(file, any_shape=False)
             except (OSError, ValueError) as error:
-                report.faults.append(str(error))
+                report.faults.append(one_line(error))
                 continue
             split.positive += len(note.texts)
             split.negative += len(note.false_premises)
@@ -169,27 +171,30 @@ def _sem_seg(report: Report, root: Path) -> Iterator[Picture]:
         split.pictures += 1
         try:
             content = source.content(index, rng)
-        except ValueError as error:
-            report.faults.append(str(error))
+        except (OSError, ValueError) as error:
+            report.faults.append(one_line(error))
             continue
         split.positive += len(content.present)
         split.questions += len(content.present)
-        yield content.path, None
+        for _, mask in content.present if isinstance(source, Parts) else ():
+            try:
+                mask()
+            except ValueError as error:
+                report.faults.append(f"{one_line(error)}; training draws another picture instead")
+        yield content.path, content.size
 
 
 def _vqa(report: Report, root: Path) -> Iterator[Picture]:
-    data = VqaTraining(root, report.name)
+    file, image_dir = find_files(root, report.name)
+    found = read_dialogues(file)
+    report.faults += [f"{file}, {fault}; training leaves it out" for fault in found.broken]
+    report.notes += [f"{file}, {note}; training leaves it out" for note in found.foreign]
     split = Split("train")
     report.splits.append(split)
-    for number in range(len(data)):
-        try:
-            data.turns(number)
-        except ValueError as error:
-            report.faults.append(str(error))
-            continue
+    for dialogue in found.usable:
         split.pictures += 1
         split.questions += 1
-        yield data.picture(number), None
+        yield image_dir / dialogue.image, None
 
 
 def _own(report: Report, _: Path) -> Iterator[Picture]:
@@ -256,13 +261,21 @@ def wanted(dataset: str | None) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; returns the exit status."""
+    """Prints the table; returns the exit status. What the flags name and is not there ends it with status 2 and one line."""
     options = build_parser().parse_args(argv)
-    try:
-        pairs = [] if options.own_data and options.dataset is None else wanted(options.dataset)
-    except ValueError as error:
-        raise SystemExit(f"dataset.check: {error}") from error
-    pairs += [("own", path) for path in options.own_data.split("||")] if options.own_data else []
+    with plain_errors("dataset.check"):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    own = [] if options.own_data is None else options.own_data.split("||")
+    if not all(map(str.strip, own)):
+        raise ValueError(f"--own_data {options.own_data!r}: a path is empty; give PATH, or PATH||PATH")
+    pairs = [] if own and options.dataset is None else wanted(options.dataset)
+    if pairs and not options.dataset_dir.is_dir():
+        what = "is no folder" if options.dataset_dir.exists() else "does not exist"
+        raise ValueError(f"--dataset_dir {options.dataset_dir} {what}: it is the folder of reason_seg, refer_seg, coco, ...")
+    pairs += [("own", path) for path in own]
     reports = [check(family, name, options.dataset_dir, options.pictures) for family, name in pairs]
     width = max([21, *(len(name) + 2 for _, name in pairs)])
     print(f"{'family':<19}{'set':<{width}}{'split':<8}{'pictures':>9}{'questions':>11}{'positive':>10}{'negative':>10}")

@@ -7,16 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from utils.conversation import IGNORE_INDEX, IM_END, IM_START, IMAGE_TOKEN, SEG_TOKEN, with_image
+from utils.conversation import IGNORE_INDEX, SEG_TOKEN, text_faults, with_image
 
 from .types import Batch, Sample
 
 if TYPE_CHECKING:
     from model import READProcessor
-
-RESERVED = (SEG_TOKEN, IMAGE_TOKEN, IM_START, IM_END)
-"""What a question must not contain: it would be taken for a mask or a picture."""
-
 
 def collate(
     samples: Sequence[Sample],
@@ -40,8 +36,9 @@ def collate(
         conv_type: wording of the system prompt; the processor's own by default.
 
     Raises:
-        ValueError: masks and [SEG] tokens (or questions) do not match, a question holds a token of the model or a mark of the
-            conversation format, or a prompt is longer than `max_positions`; the message names picture and question.
+        ValueError: masks and [SEG] tokens (or questions) do not match, a question or an answer is empty or holds a token of
+            the model or a mark of the conversation format (an answer may hold [SEG]), or a prompt is longer than
+            `max_positions`; the message names picture and question. The readers look for all this when they open a set.
     """
     if padding not in ("right", "left"):
         raise ValueError(f"padding must be 'right' or 'left', found {padding!r}")
@@ -92,10 +89,12 @@ def _encode(
     turns: list[tuple[str, str | None]], processor: READProcessor, conv_type: str | None, where: str
 ) -> tuple[list[int], list[int]]:
     """(input ids, labels) of a conversation, the picture put in front; ValueError says where it cannot be."""
-    for asked, _ in turns:
-        for token in RESERVED:
-            if token in asked:
-                raise ValueError(f"{where}: must not contain {token}, a token of the model: {asked!r}")
+    for asked, reply in turns:
+        faults = text_faults(asked)
+        if reply is not None:
+            faults += [f"its answer {fault}" for fault in text_faults(reply, allowed=(SEG_TOKEN,))]
+        if faults:
+            raise ValueError(f"{where}: {'; '.join(faults)}")
     first, *rest = turns
     try:
         return processor.encode([(with_image(first[0]), first[1]), *rest], conv_type)

@@ -5,6 +5,9 @@
                                                             nor wrong, any other is the target
     false_premise_QA   [[question, is_sentence, answer]]    may be missing
 
+Truth values may be written 0 and 1. A shape that says `shape_type` is a polygon, a line or a point; a circle, a box of two
+corners or a mask would be drawn as a line through its points, as the original did, and is refused.
+
 Points are pixels of the picture as it is seen (turned by its EXIF data), and may lie outside of it; one point is a dot, two
 are a line. A file without shapes has an empty target. Two of the 779 test files are such, and the released evaluation counts
 them: IoU is 1 where nothing is predicted and else 0, and what is predicted enlarges cIoU's union. `dataset.check` names them.
@@ -12,14 +15,17 @@ them: IoU is 1 where nothing is predicted and else 0, and what is predicted enla
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
+from utils.cli import one_line
+from utils.conversation import text_faults
+from utils.files import as_object, read_json, shown
 from utils.image import read_image
 
 from . import templates
@@ -31,6 +37,12 @@ FAR = 10**6
 """No point lies further out, in pixels: it takes ever longer to draw, and with NaN it never ends."""
 TRUE_SHARE = 0.85
 """Of the training samples whose file has false premises, this share asks for what is there."""
+DRAWN_BY_POINTS = ("polygon", "line", "linestrip", "point")
+"""Values of `shape_type` whose points are an outline, a line or a dot, as they are drawn."""
+FOUR_CORNERS = ("rectangle", "rotation", "quadrilateral")
+"""Values of `shape_type` that are polygons too, if four corners are given."""
+SHOWN = 5
+"""So many faults of a split are told, the rest is counted."""
 
 
 @dataclass(frozen=True)
@@ -44,61 +56,99 @@ class Annotation:
     """(query, is_sentence, answer) that the picture does not fulfil."""
 
 
-def read_annotation(file: Path) -> Annotation:
-    """A LabelMe-like JSON file of ReasonSeg.
+def read_annotation(file: Path, any_shape: bool = True) -> Annotation:
+    """A LabelMe-like JSON file of ReasonSeg, in UTF-8 or, as the original read it, in Windows' western encoding.
+
+    Args:
+        any_shape: `shape_type` is left to the caller; else a shape that its points do not outline is refused.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no JSON, or a field is missing or of the wrong kind; the message names file and field.
+        ValueError: the file is no JSON, or a field is missing, of the wrong kind, empty, or holds a mark of the conversation
+            format; the message names file and field.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"annotation {file} does not exist")
-    data = file.read_bytes()
-    where = ""
-    try:
+    content = as_object(read_json(file, cp1252=True), str(file))
+    for name in ("text", "is_sentence", "shapes"):
+        if name not in content:
+            raise ValueError(f"{file} lacks the field {name!r}")
+    texts = [content["text"]] if isinstance(content["text"], str) else content["text"]
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"{file}, text: must be a question, or a list of them, found {shown(content['text'])}")
+    for number, text in enumerate(texts):
+        _check_text(text, f"{file}, text[{number}]")
+    is_sentence = _truth(content["is_sentence"], f"{file}, is_sentence")
+    if not isinstance(content["shapes"], list):
+        raise ValueError(f"{file}, shapes: must be a list of shapes, found {shown(content['shapes'])}")
+    shapes = []
+    for number, shape in enumerate(content["shapes"]):
+        where = f"{file}, shapes[{number}]"
+        for name in ("label", "points"):
+            if name not in as_object(shape, where):
+                raise ValueError(f"{where} lacks the field {name!r}")
+        if not isinstance(shape["label"], str):
+            raise ValueError(f"{where}: label: must be text, found {shown(shape['label'])}")
+        if shape["label"].lower() == "flag":
+            continue
         try:
-            content = json.loads(data.decode("utf-8"))
-        except UnicodeDecodeError:
-            content = json.loads(data.decode("cp1252"))
-        texts = content["text"]
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        where = ", text"
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"must be a question, or a list of them, found {content['text']!r}")
-        where, shapes = "", []
-        for number, shape in enumerate(content["shapes"]):
-            where = f", shapes[{number}]"
-            if shape["label"].lower() != "flag":
-                if not len(outline(shape["points"])):
-                    raise ValueError("points: is empty")
-                shapes.append(shape)
-        where = ""
-        is_sentence = content["is_sentence"]
-        where = ", is_sentence"
-        if not isinstance(is_sentence, bool | int):
-            raise ValueError(f"must be true or false, found {is_sentence!r}")
-        where = ", false_premise_QA"
-        false = [(str(q), bool(s), str(a)) for q, s, a in content.get("false_premise_QA") or []]
-    except KeyError as field:
-        raise ValueError(f"{file}{where} lacks the field {field}") from field
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}{where}: {error}" if where else f"{file} is no ReasonSeg file: {error}") from error
-    return Annotation(texts, bool(is_sentence), shapes, false)
+            points = outline(shape["points"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not len(points):
+            raise ValueError(f"{where}: points: is empty")
+        kind = "polygon" if shape.get("shape_type") is None else shape["shape_type"]
+        if not (any_shape or kind in DRAWN_BY_POINTS or (kind in FOUR_CORNERS and len(points) == 4)):
+            raise ValueError(
+                f"{where}: shape_type: a {shown(kind)} of {len(points)} points is no outline, and would be drawn as a line "
+                "through its points: write its outline as a polygon"
+            )
+        shapes.append(shape)
+    return Annotation(texts, is_sentence, shapes, _false_premises(content.get("false_premise_QA"), file))
 
 
-def outline(points: Sequence[Sequence[float]]) -> np.ndarray:
+def _false_premises(entries: Any, file: Path) -> list[tuple[str, bool, str]]:
+    if entries is None:
+        return []
+    if not isinstance(entries, list):
+        raise ValueError(f"{file}, false_premise_QA: must be a list of [question, is_sentence, answer], found {shown(entries)}")
+    found = []
+    for number, entry in enumerate(entries):
+        where = f"{file}, false_premise_QA[{number}]"
+        if not isinstance(entry, list) or len(entry) != 3:
+            raise ValueError(f"{where}: must be a list [question, is_sentence, answer], found {shown(entry)}")
+        query, is_sentence, answer = entry
+        _check_text(query, f"{where}, question")
+        _check_text(answer, f"{where}, answer")
+        found.append((query, _truth(is_sentence, f"{where}, is_sentence"), answer))
+    return found
+
+
+def _check_text(text: Any, where: str) -> None:
+    if faults := text_faults(text):
+        raise ValueError(f"{where}: {'; '.join(faults)}")
+
+
+def _truth(value: Any, where: str) -> bool:
+    if not isinstance(value, int) or value not in (0, 1):  # a bool is an int
+        raise ValueError(f"{where}: must be true or false, found {shown(value)}")
+    return bool(value)
+
+
+def outline(points: Any) -> np.ndarray:
     """(n, 2) float64 of the points of a shape, (x, y) in pixels.
 
     Raises:
         ValueError: they are no pairs of numbers, or one is not finite or further away than `FAR`.
     """
+    if not isinstance(points, list | tuple):
+        raise ValueError(f"points: must be pairs [x, y], found {shown(points)}")
+    for point in points:
+        numbers = point if isinstance(point, list | tuple) else []
+        if len(numbers) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
+            raise ValueError(f"points: must be pairs [x, y] of numbers, found {shown(point)}")
     try:
-        found = np.asarray(points, dtype=float)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"points: must be pairs [x, y]: {error}") from error
-    if found.size and (found.ndim != 2 or found.shape[1] != 2):
-        raise ValueError(f"points: must be pairs [x, y], found numbers in the shape {found.shape}")
-    found = found.reshape(-1, 2)
+        found = np.array(points, dtype=float).reshape(-1, 2)
+    except OverflowError as error:  # a whole number of 400 digits
+        raise ValueError(f"points: hold a number that is no place in or near a picture: {error}") from error
     wrong = ~(np.abs(found) <= FAR).all(axis=1)  # NaN compares as false
     if wrong.any():
         raise ValueError(f"points: {found[wrong][0].tolist()} is no place in or near a picture")
@@ -106,7 +156,10 @@ def outline(points: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def draw_mask(shapes: list[dict], height: int, width: int) -> np.ndarray:
-    """(H, W) uint8: 1 target, 0 rest, 255 ignored. Large shapes are drawn first, so the smaller drawn last wins (§2)."""
+    """(H, W) uint8: 1 target, 0 rest, 255 ignored. Large shapes are drawn first, so the smaller drawn last wins (§2).
+
+    Of shapes with equally many pixels the later in the file is drawn first, so the earlier wins.
+    """
     drawn = []
     for shape in shapes:
         points = np.array(shape["points"], dtype=np.float64).reshape(-1, 1, 2).astype(np.int32)
@@ -114,7 +167,7 @@ def draw_mask(shapes: list[dict], height: int, width: int) -> np.ndarray:
         _draw(alone, points, 1)
         drawn.append((int(alone.sum()), points, IGNORE if "ignore" in shape["label"].lower() else 1))
     mask = np.zeros((height, width), np.uint8)
-    for _, points, value in sorted(drawn, key=lambda item: item[0], reverse=True):
+    for _, points, value in sorted(reversed(drawn), key=lambda item: item[0], reverse=True):
         _draw(mask, points, value)
     return mask
 
@@ -155,27 +208,52 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
-    """Without hidden ones: archives made on a Mac carry a `._name.jpg` beside each picture."""
-    return [file for file in folder.glob(pattern) if not file.name.startswith(".")]
+    """Without folders and hidden files: archives made on a Mac carry a `._name.jpg` beside each picture."""
+    return [file for file in folder.glob(pattern) if not file.name.startswith(".") and not file.is_dir()]
 
 
-def question(text: str, is_sentence: bool, rng: np.random.Generator) -> str:
-    """A training question around a sentence (as it is) or a phrase (in small letters)."""
+def read_annotations(pairs: Sequence[tuple[Path, Path]], tolerant: bool = False) -> list[Annotation | Exception]:
+    """The annotation of each pair of `list_files`, or the error that reading it gave, if `tolerant` and one can be read.
+
+    Raises:
+        ValueError: a file is missing or broken; the message names it and the field, of several the first.
+    """
+    found: list[Annotation | Exception] = []
+    for _, file in pairs:
+        try:
+            found.append(read_annotation(file, any_shape=False))
+        except (OSError, ValueError) as error:
+            found.append(error)
+    faults = [note for note in found if isinstance(note, Exception)]
+    if faults and not (tolerant and len(faults) < len(found)):
+        told = "; ".join(map(one_line, faults[:SHOWN])) + (f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else "")
+        raise ValueError(told) from faults[0]
+    return found
+
+
+def question(text: str, is_sentence: bool, rng: np.random.Generator, as_written: bool = False) -> str:
+    """A training question around a sentence (as it is) or a phrase (in small letters, unless `as_written`)."""
     if is_sentence:
         return pick(templates.LONG_QUESTION, rng).format(sent=text)
-    return pick(templates.SHORT_QUESTION, rng).format(class_name=text.lower())
+    return pick(templates.SHORT_QUESTION, rng).format(class_name=text if as_written else text.lower())
 
 
 class ReasonTraining:
-    """ReasonSeg to learn from; `splits` as the flag writes them: `ReasonSeg|train`, several joined by `_`."""
+    """ReasonSeg to learn from; `splits` as the flag writes them: `ReasonSeg|train`, several joined by `_`.
+
+    Raises:
+        FileNotFoundError: a split or a file is not there.
+        ValueError: an annotation is broken (all of them are read here); the message names file and field.
+    """
 
     def __init__(self, dataset_dir: str | Path, splits: str = "ReasonSeg|train", k: int = 1, ignore: str = "background"):
         name, _, joined = splits.partition("|")
-        if name != "ReasonSeg" or not joined:
+        if name != "ReasonSeg" or not all(joined.split("_")):
             raise ValueError(f"--reason_seg_data takes ReasonSeg|SPLIT or ReasonSeg|SPLIT_SPLIT, found {splits!r}")
         if ignore not in ("background", "ignored"):
             raise ValueError(f"ignore must be 'background' (as the original trains) or 'ignored', found {ignore!r}")
         self.files = list_files(dataset_dir, joined.split("_"), whole=True)
+        self.notes = read_annotations(self.files)
         self.k, self.ignore = k, ignore
 
     def __len__(self) -> int:
@@ -183,8 +261,8 @@ class ReasonTraining:
 
     def draw(self, rng: np.random.Generator) -> Sample:
         """A random picture, its true questions (85 %) or, where the file has some, its false premises."""
-        picture, file = self.files[rng.integers(len(self.files))]
-        note = read_annotation(file)
+        index = rng.integers(len(self.files))
+        picture, note = self.files[index][0], self.notes[index]
         image = read_image(picture)
         size = image.shape[:2]
         false = note.false_premises and rng.random() > TRUE_SHARE
@@ -193,7 +271,8 @@ class ReasonTraining:
         conversations = []
         for text, is_sentence, reply in chosen:
             reply = reply if reply is not None else pick(templates.LONG_ANSWER, rng)
-            conversations.append([(question(text, is_sentence, rng), reply)])
+            # The original asks false premises as they are written, also the short ones.
+            conversations.append([(question(text, is_sentence, rng, as_written=bool(false)), reply)])
         mask = draw_mask(note.shapes, *size)
         if self.ignore == "background":
             mask = (mask == 1).astype(np.uint8)
@@ -214,12 +293,14 @@ class ReasonEvaluation:
     With the `generate` protocol the false premises of a file are asked as well (the original meant to, §8-12).
 
     Raises:
-        FileNotFoundError: the split is not there. A file of one picture that is missing (FileNotFoundError) or broken
-            (ValueError) is told when that item is asked for.
+        FileNotFoundError: the split is not there.
+        ValueError: not one of its annotations can be read. Else a file of one picture that is missing (FileNotFoundError) or
+            broken (ValueError) is told when that item is asked for.
     """
 
     def __init__(self, dataset_dir: str | Path, split: str, protocol: str, random_templates: bool = False, seed: int = 0):
         self.files = list_files(dataset_dir, [split])
+        self.notes = read_annotations(self.files, tolerant=True)
         self.split, self.protocol, self.random_templates, self.seed = split, protocol, random_templates, seed
 
     def __len__(self) -> int:
@@ -230,8 +311,9 @@ class ReasonEvaluation:
         return [picture.name for picture, _ in self.files]
 
     def __getitem__(self, index: int) -> Sample:
-        picture, file = self.files[index]
-        note = read_annotation(file)
+        picture, note = self.files[index][0], self.notes[index]
+        if isinstance(note, Exception):
+            raise note.with_traceback(None)
         image = read_image(picture)
         mask = draw_mask(note.shapes, *image.shape[:2])
         rng = np.random.default_rng([self.seed, index])
@@ -241,13 +323,13 @@ class ReasonEvaluation:
             asked += [(text, is_sentence, False) for text, is_sentence, _ in note.false_premises]
             references += [answer for _, _, answer in note.false_premises]
         conversations = []
-        for text, is_sentence, _ in asked:
+        for text, is_sentence, exists in asked:
             if self.random_templates:
-                asks = question(text, is_sentence, rng)
+                asks = question(text, is_sentence, rng, as_written=not exists)
             elif is_sentence:
                 asks = templates.EVAL_LONG_QUESTION.format(sent=text)
             else:
-                asks = templates.EVAL_SHORT_QUESTION.format(class_name=text.lower())
+                asks = templates.EVAL_SHORT_QUESTION.format(class_name=text.lower() if exists else text)
             conversations.append([(asks, templates.EVAL_ANSWER if self.protocol == "forced" else None)])
         return Sample(
             image_path=str(picture),

@@ -6,18 +6,20 @@ annotation is a mask of its own. A sample asks for what is there, or for what is
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-from collections.abc import Callable, Sequence
+import logging
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from pycocotools.coco import COCO
 
+from utils.conversation import text_faults
+from utils.files import as_object, read_object, read_text, shown, whole_number
 from utils.image import read_image
 
 from . import templates
@@ -25,9 +27,15 @@ from .draw import choose, pick
 from .refer_api import draw_segmentation
 from .types import Sample
 
+log = logging.getLogger(__name__)
+
 UNLABELLED = 255
 MODES, MODE_SHARES = ("true", "denial", "correction"), (0.85, 0.07, 0.08)
 CLASSES = Path(__file__).resolve().parent / "classes"
+MOST_PIXELS = 2**28
+"""No picture of a COCO file is larger: a mask of what a damaged file may say would take all memory."""
+SHOWN = 5
+"""So many faults of a file are told, the rest is counted."""
 
 
 @dataclass
@@ -35,6 +43,10 @@ class Content:
     """What one picture shows."""
 
     path: Path
+    size: tuple[int, int]
+    """(H, W) of the masks."""
+    where: str
+    """The file that says so, and its record, for messages."""
     present: list[tuple[str, Callable[[], np.ndarray]]]
     """(name, mask): the mask (H, W) uint8 is made when it is wanted."""
     absent: list[str]
@@ -64,47 +76,91 @@ class LabelMaps:
         """(H, W) uint8 class numbers, `UNLABELLED` where there is none.
 
         Raises:
-            ValueError: the file is no label map; the message names it.
+            FileNotFoundError, ValueError: the file is missing, no label map, or has a class number without a name; the
+                message names it.
         """
         try:
-            stored = np.array(Image.open(file))  # of a palette PNG the numbers, as Mapillary has them; cv2 gives the colours
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            with Image.open(file) as image:
+                stored = np.array(image)  # of a palette PNG the numbers, as Mapillary has them; cv2 gives the colours
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
             raise ValueError(f"{file} cannot be read as a label map: {error}") from error
-        if stored.ndim != 2:
-            raise ValueError(f"{file} is no label map: it has colours, not one number a pixel")
+        if stored.ndim != 2 or stored.dtype.kind not in "uib":
+            raise ValueError(f"{file} is no label map: it has colours or fractions, not one whole number a pixel")
         labels = stored.astype(np.int64) - self.shift
-        labels[np.isin(labels, self.ignored) | (labels < 0) | (stored == UNLABELLED)] = UNLABELLED
+        labels[np.isin(labels, self.ignored) | (labels == -1) | (stored == UNLABELLED)] = UNLABELLED
+        known = min(len(self.classes), UNLABELLED)
+        if (wrong := labels[(labels != UNLABELLED) & ((labels < 0) | (labels >= known))]).size:
+            raise ValueError(f"{file}: class number {wrong[0] + self.shift}, but there are {known} classes from {self.shift} on")
         return labels.astype(np.uint8)
 
     def content(self, index: int, rng: np.random.Generator) -> Content:
         path, file = self.pairs[index]
         labels = self.labels(file)
         found = [int(value) for value in np.unique(labels) if value != UNLABELLED]
-        if found and found[-1] >= len(self.classes):
-            raise ValueError(f"{file}: class number {found[-1]}, but there are {len(self.classes)} classes")
         shown = set(found) | set(self.ignored)
         return Content(
             path,
+            labels.shape,
+            str(file),
             [(self.classes[value], lambda value=value: (labels == value).astype(np.uint8)) for value in found],
             [name for number, name in enumerate(self.classes) if number not in shown],
         )
 
 
 class Parts:
-    """COCO annotations whose categories are objects, `obj`, or their parts, `obj:part`."""
+    """COCO annotations whose categories are objects, `obj`, or their parts, `obj:part`.
+
+    Raises:
+        ValueError: the file is no COCO file, or a record lacks a field, has one of the wrong kind, an id that is there twice
+            or that is nowhere; the message names the file and the first faults. A segmentation that cannot be drawn is told
+            when it is drawn.
+    """
 
     def __init__(self, file: Path, image_dir: Path) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-            try:
-                self.coco = COCO(str(file))
-            except (ValueError, KeyError, AssertionError) as error:
-                raise ValueError(f"{file} is no COCO file: {error!r}") from error
         self.file, self.image_dir = file, image_dir
-        self.images = [image for image in self.coco.getImgIds() if self.coco.getAnnIds(imgIds=image)]
-        self.names = {
-            category["id"]: tuple(word.split("_(")[0] for word in category["name"].strip().split(":"))
-            for category in self.coco.loadCats(self.coco.getCatIds())
-        }
+        content = read_object(file)
+        faults: list[str] = []
+        images, notes, categories = (self._by_id(content, part, faults) for part in ("images", "annotations", "categories"))
+        for number, image in images.items():
+            faults += _image_faults(image, f"image {shown(number)}")
+        self.names: dict[Any, tuple[str, ...]] = {}
+        for number, category in categories.items():
+            name = category.get("name")
+            wrong = text_faults(name)
+            self.names[number] = () if wrong else tuple(word.split("_(")[0] for word in name.strip().split(":"))
+            if not wrong and (len(self.names[number]) > 2 or not all(map(str.strip, self.names[number]))):
+                wrong = [f"must be an object or object:part, found {shown(name)}"]
+            faults += [f"category {shown(number)}, name: {fault}" for fault in wrong]
+        self.notes: dict[Any, list[dict[str, Any]]] = {number: [] for number in images}
+        for number, note in notes.items():
+            for name, known in (("image_id", images), ("category_id", categories)):
+                if not _is_id(note.get(name)) or note[name] not in known:
+                    faults.append(f"annotation {shown(number)}, {name}: there is no {shown(note.get(name))}")
+            if _is_id(note.get("image_id")):
+                self.notes.setdefault(note["image_id"], []).append(note)
+        if faults:
+            more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+            raise ValueError(f"{file}: {'; '.join(faults[:SHOWN])}{more}")
+        self.images = [image for number, image in images.items() if self.notes[number]]
+        if not self.images:
+            raise ValueError(f"{file} has no annotations of its {len(images)} images")
+
+    def _by_id(self, content: dict[str, Any], part: str, faults: list[str]) -> dict[Any, dict[str, Any]]:
+        """Records of a list by their ids; what is wrong with them goes to `faults`."""
+        if not isinstance(content.get(part), list):
+            found = f"found {shown(content[part])}" if part in content else "and it lacks it"
+            raise ValueError(f"{self.file} is no COCO file: its field {part!r} must be a list, {found}")
+        found: dict[Any, dict[str, Any]] = {}
+        for number, record in enumerate(content[part]):
+            if not isinstance(record, dict) or not _is_id(record.get("id")):
+                faults.append(f"{part}[{number}] has no id: {shown(record)}")
+            elif record["id"] in found:
+                faults.append(f"{part}[{number}], id: {shown(record['id'])} is there twice")
+            else:
+                found[record["id"]] = record
+        return found
 
     def __len__(self) -> int:
         return len(self.images)
@@ -117,28 +173,52 @@ class Parts:
         return f"{name[0]} {name[1]}" if rng.random() < 0.5 else f"the {name[1]} of the {name[0]}"
 
     def content(self, index: int, rng: np.random.Generator) -> Content:
-        image = self.coco.loadImgs([self.images[index]])[0]
-        notes = self.coco.loadAnns(self.coco.getAnnIds(imgIds=image["id"]))
-        shown = {self.names[note["category_id"]] for note in notes}
+        image = self.images[index]
+        notes = self.notes[image["id"]]
+        there = {self.names[note["category_id"]] for note in notes}
         return Content(
-            self.image_dir / image["file_name"],
+            self.image_dir / image["file_name"].replace("\\", "/"),
+            (int(image["height"]), int(image["width"])),
+            f"{self.file}, image {image['id']}",
             [
                 (self.say(self.names[note["category_id"]], rng), lambda note=note: self.mask(note, image))
                 for note in notes
             ],
-            [self.say(name, rng) for name in self.names.values() if name not in shown],
+            [self.say(name, rng) for name in self.names.values() if name not in there],
         )
 
     def mask(self, note: dict[str, Any], image: dict[str, Any]) -> np.ndarray:
         """(H, W) uint8 in {0, 1} of one annotation.
 
         Raises:
-            ValueError: it cannot be drawn; the message names file, annotation and field.
+            DrawingError: it cannot be drawn; the message names file, annotation and field.
         """
         try:
-            return draw_segmentation(note["segmentation"], image["height"], image["width"])
+            if not note.get("segmentation"):  # pycocotools draws none of these
+                raise ValueError(f"is empty or missing: {shown(note.get('segmentation'))}")
+            return draw_segmentation(note["segmentation"], int(image["height"]), int(image["width"]))
         except ValueError as error:
-            raise ValueError(f"{self.file}, annotation {note['id']}, segmentation: {error}") from error
+            raise DrawingError(f"{self.file}, annotation {note['id']}, segmentation: {error}") from error
+
+
+class DrawingError(ValueError):
+    """An annotation that cannot be drawn."""
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _image_faults(image: dict[str, Any], where: str) -> Iterator[str]:
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name.strip():
+        yield f"{where}, file_name: must be a file name, found {shown(name)}"
+    try:
+        sides = [whole_number(image.get(side), f"{where}, {side}") for side in ("height", "width")]
+        if sides[0] * sides[1] > MOST_PIXELS:
+            yield f"{where}: {sides[0]} x {sides[1]} is no size of a picture"
+    except ValueError as error:
+        yield str(error)
 
 
 # ------------------------------------------------------------------------------------------------ the five sets
@@ -151,16 +231,17 @@ def _existing(path: Path, name: str) -> Path:
 
 
 def _pairs(name: str, images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    """(picture, label map) of one name, for every label map."""
+    """(picture, label map) of one name, for every label map; folders and hidden files (._a.png of a Mac) are passed over."""
     _existing(images, name)
-    pairs = [(images / f"{file.stem}.jpg", file) for file in sorted(_existing(labels, name).glob("*.png"))]
+    files = [file for file in sorted(_existing(labels, name).glob("*.png")) if not (file.name[0] == "." or file.is_dir())]
+    pairs = [(images / f"{file.stem}.jpg", file) for file in files]
     if not pairs:
         raise FileNotFoundError(f"{labels} has no PNG files: {name} needs them")
     return pairs
 
 
 def _names(name: str) -> list[str]:
-    return (CLASSES / f"{name}.txt").read_text().splitlines()
+    return read_text(CLASSES / f"{name}.txt").splitlines()
 
 
 def _ade20k(root: Path) -> Source:
@@ -179,10 +260,15 @@ def _cocostuff(root: Path) -> Source:
 def _mapillary(root: Path) -> Source:
     folder = root / "mapillary"
     config = _existing(folder / "config_v2.0.json", "mapillary")
-    try:
-        names = [label["readable"].lower() for label in json.loads(config.read_text())["labels"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{config} must hold labels with the field 'readable': {error!r}") from error
+    labels = read_object(config).get("labels")
+    if not isinstance(labels, list) or not labels:
+        raise ValueError(f"{config}, labels: must be a list of classes, found {shown(labels)}")
+    names = []
+    for number, label in enumerate(labels):
+        name = as_object(label, f"{config}, labels[{number}]").get("readable")
+        if faults := text_faults(name):
+            raise ValueError(f"{config}, labels[{number}], readable: {'; '.join(faults)}")
+        names.append(name.lower())
     return LabelMaps(_pairs("mapillary", folder / "training/images", folder / "training/v2.0/labels"), names)
 
 
@@ -220,30 +306,48 @@ class SemSegTraining:
             raise ValueError(f"no semantic set {name!r}; there are {', '.join(SOURCES)}")
         self.name, self.k = name, k
         self.source = SOURCES[name](Path(dataset_dir))
+        self.redrawn: Counter[str] = Counter()
+        """How often a sample was drawn anew, by the annotation that could not be drawn."""
 
     def __len__(self) -> int:
         return len(self.source)
 
     def draw(self, rng: np.random.Generator) -> Sample:
-        """What a random picture shows (85 %), or what it does not, denied (7 %) or corrected (8 %)."""
+        """What a random picture shows (85 %), or what it does not, denied (7 %) or corrected (8 %).
+
+        A picture that shows nothing, and one whose annotation cannot be drawn, is drawn anew; the latter is counted in
+        `redrawn` and told the first time. (The original draws another set too, which changes their shares.)
+
+        Raises:
+            FileNotFoundError, ValueError: a picture is missing or damaged, or has another size than its masks.
+        """
         source, mode = self.source, MODES[rng.choice(len(MODES), p=MODE_SHARES)]
         for _ in range(100):
             content = source.content(int(rng.integers(len(source))), rng)
             present = choose(content.present, self.k, rng)
             absent = choose(content.absent, len(present), rng)
-            if present and (mode == "true" or absent):
-                break
+            if not present or not (mode == "true" or absent):
+                continue
+            image = read_image(content.path)
+            if content.size != image.shape[:2]:
+                has, wants = (" x ".join(map(str, sides)) for sides in (image.shape[:2], content.size))
+                raise ValueError(f"{content.path} has {has} pixels (turned, if its EXIF data say so), but {content.where} is "
+                                 f"for {wants}")  # fmt: skip
+            masks = np.zeros((0, *content.size), np.uint8)
+            try:
+                if mode == "true":
+                    masks = np.stack([mask() for _, mask in present])
+            except DrawingError as error:
+                self._count(error)
+                continue
+            break
         else:
-            raise ValueError(f"{self.name}: 100 pictures in a row show nothing that could be asked for")
-        image = read_image(content.path)
+            raise ValueError(f"{self.name}: 100 pictures in a row show nothing that could be asked for and drawn")
         if mode == "true":
             asked = [name.lower() for name, _ in present]
             replies = [pick(templates.SHORT_ANSWER, rng).format(class_name=name) for name in asked]
-            masks = np.stack([mask() for _, mask in present])
-            if masks.shape[1:] != image.shape[:2]:
-                raise ValueError(f"{content.path} is {image.shape[:2]} high and wide, its annotation {masks.shape[1:]}")
         else:
-            asked, masks = [name.lower() for name in absent], np.zeros((0, *image.shape[:2]), np.uint8)
+            asked = [name.lower() for name in absent]
             pool = templates.NEG_ANSWER if mode == "denial" else templates.CORRECT_ANSWER
             replies = [
                 pick(pool, rng).format(class_name=name, gt_name=true.lower())
@@ -259,3 +363,8 @@ class SemSegTraining:
             questions=asked,
             meta={"dataset": self.name, "split": "train", "mode": mode},
         )
+
+    def _count(self, error: DrawingError) -> None:
+        if str(error) not in self.redrawn:
+            log.warning("%s: another picture is drawn instead", error)
+        self.redrawn[str(error)] += 1

@@ -354,7 +354,7 @@ def test_odd_shapes_are_drawn_as_the_original_drew_them(tmp_path, capsys, shapes
     ("fields", "words"),
     [
         ({"shapes": [shape(*SQUARE), shape([NAN, 1], [5, 5], [9, 1])]}, r", shapes\[1\]: points: \[nan, 1.0\] is no place"),
-        ({"shapes": [shape([None, 1], [5, 5], [9, 1])]}, r", shapes\[0\]: points: \[nan, 1.0\] is no place"),
+        ({"shapes": [shape([None, 1], [5, 5], [9, 1])]}, r", shapes\[0\]: points: must be pairs .* found \[None, 1\]"),
         ({"shapes": [shape([float("inf"), 1], [5, 5], [9, 1])]}, r", shapes\[0\]: points: \[inf, 1.0\] is no place"),
         ({"shapes": [shape([3e9, 0], [5, 5], [9, 1])]}, r", shapes\[0\]: points: .* is no place in or near a picture"),
         ({"shapes": [shape()]}, r", shapes\[0\]: points: is empty"),
@@ -362,12 +362,12 @@ def test_odd_shapes_are_drawn_as_the_original_drew_them(tmp_path, capsys, shapes
         ({"shapes": [shape([1, 2], [4])]}, r", shapes\[0\]: points: must be pairs"),
         ({"shapes": [{"label": "target"}]}, r", shapes\[0\] lacks the field 'points'"),
         ({"shapes": [{"label": None, "points": SQUARE}]}, r", shapes\[0\]: "),
-        ({"shapes": None}, " is no ReasonSeg file"),
+        ({"shapes": None}, ", shapes: must be a list of shapes, found None"),
         ({"text": []}, r", text: must be a question, or a list of them, found \[\]"),
-        ({"text": ["cup", " "]}, ", text: must be a question"),
-        ({"text": [7]}, ", text: must be a question"),
+        ({"text": ["cup", " "]}, r", text\[1\]: is empty"),
+        ({"text": [7]}, r", text\[0\]: must be text, found 7"),
         ({"is_sentence": "false"}, ", is_sentence: must be true or false, found 'false'"),
-        ({"false_premise_QA": [["a kite", False]]}, ", false_premise_QA: "),
+        ({"false_premise_QA": [["a kite", False]]}, r", false_premise_QA\[0\]: must be a list \[question, is_"),
     ],
 )
 def test_broken_annotations_fail_their_picture_and_name_the_field(tmp_path, capsys, fields, words):
@@ -627,10 +627,10 @@ def test_training_cuts_a_long_question_with_its_answer_and_mask(tiny):
 @pytest.mark.parametrize(
     ("question", "told"),
     [
-        ("the [SEG] cup", r"question 1: must not contain \[SEG\], a token of the model"),
+        ("the [SEG] cup", r"question 1: must not contain \[SEG\]"),
         ("the <image> cup", "question 1: must not contain <image>"),
-        ("the </s> cup", "question 1: .*contains a mark of the conversation format"),
-        ("USER: a ASSISTANT: b", "question 1: .*contains a mark of the conversation format"),
+        ("the </s> cup", "question 1: must not contain </s>"),
+        ("USER: a ASSISTANT: b", "question 1: must not contain ASSISTANT:"),
     ],
 )
 def test_tokens_of_the_model_in_a_question_are_refused(tiny, question, told):

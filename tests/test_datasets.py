@@ -139,7 +139,7 @@ def test_parts_are_named_both_ways_and_masked_alone(mini):
         said = set()
         for seed in range(4):
             content = source.content(0, np.random.default_rng(seed))
-            notes = source.coco.loadAnns(source.coco.getAnnIds(imgIds=source.images[0]))
+            notes = source.notes[source.images[0]["id"]]
             assert len(content.present) == len(notes)
             assert all(mask().sum() > 0 for _, mask in content.present)
             said |= {text for text, _ in content.present}

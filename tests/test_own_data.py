@@ -522,7 +522,7 @@ def test_files_with_a_text_are_reason_seg(tmp_path):
         ('{"shapes": [{"label": 7, "points": [[1, 2]]}]}', r"shapes\[0\]: "),
         ('{"shapes": [{"label": " ", "points": [[1, 2]]}]}', "label '': is empty"),
         ('{"shapes": [], "text": "cup"}', "lacks the field 'is_sentence'"),
-        ('{"shapes": [], "text": "cup", "is_sentence": false, "false_premise_QA": [["a", false, "[SEG]"]]}', "answer: no"),
+        ('{"shapes": [], "text": "cup", "is_sentence": false, "false_premise_QA": [["a", false, "[SEG]"]]}', "answer: must not"),
         ('{"shape": []}', "is no LabelMe file: `shapes` must be a list, and it has the fields shape"),
         ("[1]", "is no LabelMe file: .* it has no fields"),
         ("{", "is no JSON"),

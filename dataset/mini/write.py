@@ -130,7 +130,10 @@ def write_refer(root: Path, seed: int, family: str, counts: dict[str, int], firs
             instances["images"].append({"id": image_id, "file_name": file_name, "height": height, "width": width})
             first_annotation = len(instances["annotations"]) + 1
             for thing in scene.things:
-                instances["annotations"].append(_annotation(thing, image_id, len(instances["annotations"]) + 1, rng))
+                note = _annotation(thing, image_id, len(instances["annotations"]) + 1, rng)
+                if isinstance(note["segmentation"], dict):  # REFER has a list with one RLE an annotation
+                    note["segmentation"] = [note["segmentation"]]
+                instances["annotations"].append(note)
             ways: dict[int, dict[str, str]] = {}
             for found in _said(scene, rng, family):
                 ways.setdefault(found.target, {})[found.kind] = found.text
