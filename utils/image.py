@@ -247,6 +247,13 @@ def _look(data: bytes, kind: str) -> Header:
             return Header(kind, *struct.unpack_from("<HH", data, 6))
         case "SUN":
             return Header(kind, *struct.unpack_from(">II", data, 4))
+        case "WEBP" if data[12:16] == b"VP8X":
+            return Header(kind, *(1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27)))
+        case "WEBP" if data[12:16] == b"VP8L":
+            sides = struct.unpack_from("<I", data, 21)[0]
+            return Header(kind, 1 + (sides & 0x3FFF), 1 + (sides >> 14 & 0x3FFF))
+        case "WEBP":
+            return Header(kind, *(side & 0x3FFF for side in struct.unpack_from("<HH", data, 26)))
         case "BMP":
             old = struct.unpack_from("<I", data, 14)[0] == 12
             width, height = struct.unpack_from("<HH" if old else "<ii", data, 18)
@@ -262,8 +269,8 @@ def _look(data: bytes, kind: str) -> Header:
             return Header(kind, right - left, below - above, "has signed numbers" if signed else "")
         case "TIFF":
             return _look_at_tiff(data)
-    with Image.open(io.BytesIO(data), formats=[kind]) as image:
-        return Header(kind, *image.size, by_pillow=kind == "AVIF")
+    with Image.open(io.BytesIO(data), formats=[kind]) as image:  # AVIF
+        return Header(kind, *image.size, by_pillow=True)
 
 
 def _look_at_tiff(data: bytes) -> Header:
