@@ -19,7 +19,9 @@ image tokens · C = 256 SAM width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +29,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from utils.conversation import Turns, with_image
-from utils.image import read_image
+from utils.conversation import Turns, text_faults, with_image
+from utils.files import shown, whole_number
+from utils.image import decode_image, max_pixels, read_image
 
 from .config import SaspConfig
 from .processing import READProcessor
@@ -147,27 +150,37 @@ class READPredictor:
         """Answers to questions; one Answer where one question was given, else a list.
 
         Args:
-            images: a file, a PIL image or an array (H, W, 3) uint8 RGB; or as many of them as questions.
-            questions: a question, or several, about the one picture or about a picture each.
+            images: a file, a PIL image or an array (H, W, 3) uint8 RGB; or as many of them as questions, in a list, a tuple or a
+                generator. A PIL image gives what its file would: turned by its EXIF data, 16 bits as their upper 8.
+            questions: a question, or several, about the one image or about an image each.
             max_new_tokens: longest answer.
             force_segment: an answer without [SEG] gets the mask that a [SEG] at its end would have had.
             batch_size: questions that go through the model together.
 
         Raises:
-            FileNotFoundError, ValueError: a picture cannot be read, numbers do not fit, or a question holds a mark of the
-                prompt format.
+            FileNotFoundError, ValueError: an image cannot be read, numbers do not fit, or a question is empty, no text, or
+                holds a mark of the prompt format. What is wrong with the arguments is told before anything is computed.
         """
-        asked = [questions] if isinstance(questions, str) else list(questions)
-        one_picture = isinstance(images, str | Path | Image.Image | np.ndarray)
-        shown = [images] if one_picture else list(images)
-        if not one_picture and len(shown) != len(asked):
-            raise ValueError(f"{len(shown)} pictures for {len(asked)} questions: give one picture, or one a question")
+        asked = _questions(questions)
+        whole_number(batch_size, "batch_size")
+        room, patches = self.model.config.llava.text_config.max_position_embeddings, self.processor.num_patches
+        if whole_number(max_new_tokens, "max_new_tokens") > room - patches:
+            raise ValueError(
+                f"max_new_tokens: {max_new_tokens} do not fit behind the {patches} tokens of an image, since the model holds "
+                f"{room}: at most {room - patches}"
+            )
+        if several := _is_several(images):
+            images = list(images)
+            if len(images) != len(asked):
+                raise ValueError(f"{len(images)} images for {len(asked)} questions: give one image, or one a question")
         answers: list[Answer] = []
-        pictures = [to_array(picture) for picture in shown] if one_picture else None
-        encoded = self.encode(pictures) if pictures else None
+        encoded = None if several or not asked else self.encode([to_array(images)])
         for first in range(0, len(asked), batch_size):
             part = asked[first : first + batch_size]
-            known = encoded or self.encode([to_array(picture) for picture in shown[first : first + batch_size]])
+            known = encoded or self.encode([
+                to_array(image, f"image {first + n} of {len(asked)}")
+                for n, image in enumerate(images[first : first + batch_size], 1)
+            ])  # fmt: skip
             of_question = [0] * len(part) if encoded else list(range(len(part)))
             turns: list[Turns] = [[(question, None)] for question in part]
             out = self.generate(known, turns, of_question, max_new_tokens=max_new_tokens, force_segment=force_segment)
@@ -196,18 +209,21 @@ class READPredictor:
         rows = []
         for turns in conversations:
             for question, _ in turns:
-                if "<image>" in question:
-                    raise ValueError("a question must not contain <image>: the picture is put in front of it by itself")
+                if faults := text_faults(question):
+                    raise ValueError(f"the question {faults[0]}")
             (question, answer), *rest = turns
             rows.append(self.processor.encode([(with_image(question), answer), *rest], self.conv_type)[0])
         length = max(map(len, rows))
         room = self.model.config.llava.text_config.max_position_embeddings
-        if length > room:
-            raise ValueError(f"the conversation has {length} tokens with its picture, and the model holds {room}: ask shorter")
+        if length >= room:
+            raise ValueError(f"the conversation has {length} tokens with its image, and the model holds {room}: ask shorter")
+        longest = whole_number(options.pop("max_new_tokens", 512), "max_new_tokens")
         device = self.model.device
         ids = torch.tensor([[self.processor.pad_token_id] * (length - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows], device=device)
-        return self.model.generate_answers(images, ids, mask, torch.tensor(of_question, device=device), **options)
+        of_question = torch.tensor(of_question, device=device)
+        # No answer goes on beyond what the model holds: its words would mean nothing.
+        return self.model.generate_answers(images, ids, mask, of_question, max_new_tokens=min(longest, room - length), **options)
 
     def answer(
         self,
@@ -297,19 +313,104 @@ class _Teller:
         """The answer is whole; there is nothing to flush, since each token was told with all before it."""
 
 
-def to_array(picture: Picture) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a file, a PIL image or such an array.
+def to_array(image: Picture, name: str = "the image") -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a file, a PIL image or such an array; `name` stands in messages.
+
+    A PIL image gives the pixels that `read_image` gives of the same image in a file.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no image, or an array of another form.
+        FileNotFoundError, ValueError: no such file, no image, or something else; the message says what to give.
     """
-    if isinstance(picture, str | Path):
-        return read_image(picture)
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise ValueError(f"a picture is (H, W, 3) uint8 RGB, found {picture.shape} {picture.dtype}")
-    return picture
+    if isinstance(image, str | Path):
+        return read_image(_local(str(image), name))
+    if isinstance(image, Image.Image):
+        return _of_pil(image, name)
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"{name} must be an array (H, W, 3) uint8 RGB, found {image.shape} {image.dtype}{_advice(image)}")
+        if not image.size:
+            raise ValueError(f"{name} has no pixels: its shape is {image.shape}")
+        return np.ascontiguousarray(image)
+    kinds = {bytes: "bytes", bytearray: "bytes", memoryview: "bytes", io.IOBase: "an open file", torch.Tensor: "a tensor"}
+    found = next((words for kind, words in kinds.items() if isinstance(image, kind)), shown(image))
+    how = {"bytes": "Image.open(io.BytesIO(data))", "an open file": "Image.open(file)", "a tensor": "its array (H, W, 3) uint8"}
+    raise ValueError(f"{name} must be a path, a PIL image or an array (H, W, 3) uint8 RGB, found {found}"
+                     + (f": give {how[found]}" if found in how else ""))  # fmt: skip
+
+
+def _local(path: str, name: str) -> Path:
+    """A path as it is meant; ValueError if it is none."""
+    if not path.strip():
+        raise ValueError(f"{name} must be a path, found an empty one")
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path):  # Path makes one slash of two
+        raise ValueError(f"{name} must be a local file, found the address {path}: download it first")
+    return Path(path).expanduser() if path.startswith("~") and not Path(path).exists() else Path(path)
+
+
+def _advice(array: np.ndarray) -> str:
+    """What to do with an array of another form, after its shape; empty if that is not clear."""
+    if array.ndim == 2:
+        return ": make three equal channels of grey, np.stack([grey] * 3, axis=2), of values 0 to 255"
+    if array.ndim == 4:
+        return ": of a batch give a list, list(batch)"
+    if array.ndim == 3 and array.shape[2] == 4:
+        return ": drop alpha, array[..., :3]"
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] != 3:
+        return ": channels come last, array.transpose(1, 2, 0)"
+    return ": convert values 0 to 1 with (array * 255).round().astype(np.uint8)" if array.dtype.kind == "f" else ""
+
+
+def _of_pil(image: Image.Image, name: str) -> np.ndarray:
+    """The pixels that a file of the image would give."""
+    if min(image.size) < 1 or image.width * image.height > max_pixels():
+        raise ValueError(f"{name} has {image.width} x {image.height} pixels: 1 to {max_pixels()} are taken (READ_MAX_MEGAPIXELS)")
+    kind = image.format  # is lost on the way
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # a decoder raises whatever it stumbles over: the file may be read only now
+        raise ValueError(f"{name} cannot be read: {error or type(error).__name__}") from error
+    mode = image.mode
+    if mode in ("RGB", "RGBX", "RGBA"):
+        return np.asarray(image)[..., :3].copy()
+    if mode in ("1", "L", "LA", "P", "PA"):
+        return np.asarray(image.convert("RGBA"))[..., :3].copy()
+    if mode in ("YCbCr", "HSV"):
+        return np.asarray(image.convert("RGB"))
+    if mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM")):  # of these, Pillow calls 16 bits `I`
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))
+    elif mode != "CMYK":
+        raise ValueError(
+            f"{name} is a PIL image of mode {mode}, whose numbers have no one meaning as colours: convert it to RGB or L, of "
+            "values 0 to 255"
+        )
+    # Converted as in a file, by way of one: there is more than one rule.
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF" if mode == "CMYK" or kind == "TIFF" else "PNG")
+    return decode_image(buffer.getvalue(), name)
+
+
+def _is_several(images: Any) -> bool:
+    """Whether several images were given: a list, a tuple, a generator, or a column of a table."""
+    one = str | Path | Image.Image | np.ndarray | bytes | bytearray | memoryview | io.IOBase | torch.Tensor | Mapping | Set
+    return not isinstance(images, one) and hasattr(images, "__iter__")
+
+
+def _questions(questions: Any) -> list[str]:
+    """The questions that were given, in a list.
+
+    Raises:
+        ValueError: one is no usable text; the message says which.
+    """
+    if isinstance(questions, str):
+        asked = [questions]
+    elif isinstance(questions, bytes | bytearray | Mapping | Set) or not hasattr(questions, "__iter__"):
+        raise ValueError(f"a question must be text, or several a list of texts, found {shown(questions)}")
+    else:
+        asked = list(questions)
+    for number, question in enumerate(asked, 1):
+        if faults := text_faults(question):
+            raise ValueError(f"{'the question' if len(asked) == 1 else f'question {number} of {len(asked)}'} {faults[0]}")
+    return asked
 
 
 def _answer(segments: Segments, n: int, text: str, size: tuple[int, int], forced: bool) -> Answer:

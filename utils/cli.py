@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "assets/read-mini-base"
+IMAGE_LIMIT, MAX_MEGAPIXELS = "READ_MAX_MEGAPIXELS", 178
+"""The environment variable that says how large an image may be, and what holds without it: Pillow's limit."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -49,6 +51,28 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     sasp.add_argument("--t_neg", type=float, help="similarity up to which a point is background")
     sasp.add_argument("--down_sample", type=int, help="averaging of the token grid before points are chosen")
     sasp.add_argument("--geometry", choices=("released", "exact"), help="place of the points")
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """The flag for the largest image that is read. It holds as soon as it is parsed, and for worker processes too."""
+    parser.add_argument(
+        "--max_megapixels", type=positive, action=_SetImageLimit, metavar="N",
+        help=f"largest image that is read (default: {MAX_MEGAPIXELS}, or the environment variable {IMAGE_LIMIT})",
+    )  # fmt: skip
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
+    return number
+
+
+class _SetImageLimit(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        os.environ[IMAGE_LIMIT] = str(values)  # workers and ranks inherit it
 
 
 def load_model(options: argparse.Namespace, device: Any) -> tuple[READForCausalLM, READProcessor]:
