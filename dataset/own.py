@@ -61,6 +61,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from utils.content import content_name
 from utils.image import read_image
 
 from . import templates
@@ -563,9 +564,13 @@ class OwnEvaluation:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def places(self) -> list[str]:
-        """What stands at each place; an evaluation goes on only where this is unchanged."""
-        return [f"{picture.path} {[one.text for one in picture.questions]}" for picture in self.pictures]
+    def places(self) -> list[dict[str, Any]]:
+        """{"image", "asked"} of each item (`utils.content`); an evaluation goes on only where this is unchanged."""
+        names = content_name(self.data.names)  # what may be denied of any image
+        return [
+            {"image": picture.path, "asked": [names, picture.size, [_asked(one) for one in picture.questions]]}
+            for picture in self.pictures
+        ]
 
     def __getitem__(self, index: int) -> Sample:
         picture = self.pictures[index]
@@ -588,6 +593,11 @@ class OwnEvaluation:
             form = templates.EVAL_LONG_QUESTION if one.is_sentence else templates.EVAL_SHORT_QUESTION
             asks, reply = form.format(sent=one.text, class_name=one.text.lower()), templates.EVAL_ANSWER
         return asks, reply if self.protocol == "forced" else None
+
+
+def _asked(one: Question) -> list[Any]:
+    """All of a question that decides its record; of a mask the file, or the shapes, from which it is made."""
+    return [one.text, one.is_sentence, one.answer, one.correction, one.mask]
 
 
 def answer(asked: Question, rng: np.random.Generator) -> str:

@@ -306,9 +306,9 @@ class ReasonEvaluation:
     def __len__(self) -> int:
         return len(self.files)
 
-    def places(self) -> list[str]:
-        """What stands at each place; an evaluation goes on only where this is unchanged."""
-        return [picture.name for picture, _ in self.files]
+    def places(self) -> list[dict[str, Any]]:
+        """{"image", "asked"} of each item (`utils.content`); an evaluation goes on only where this is unchanged."""
+        return [{"image": picture, "asked": note} for picture, note in self.files]
 
     def __getitem__(self, index: int) -> Sample:
         picture, note = self.files[index][0], self.notes[index]

@@ -96,9 +96,22 @@ class ReferEvaluation:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def places(self) -> list[str]:
-        """What stands at each place; an evaluation goes on only where this is unchanged."""
-        return [f"{picture.file_name} {[s['sent_id'] for s in picture.sentences]}" for picture in self.pictures]
+    def places(self) -> list[dict[str, Any]]:
+        """{"image", "asked"} of each item (`utils.content`); an evaluation goes on only where this is unchanged."""
+        segmentations = {number: note.get("segmentation") for number, note in self.refer.annotations.items()}
+        return [
+            {
+                "image": self.refer.image_dir / picture.file_name,
+                "asked": [picture.height, picture.width, [self._asked(s, segmentations) for s in picture.sentences]],
+            }
+            for picture in self.pictures
+        ]
+
+    def _asked(self, sentence: dict[str, Any], segmentations: dict[Any, Any]) -> list[Any]:
+        """All of one expression that decides its record."""
+        notes = sentence["ann_id"] if isinstance(sentence["ann_id"], list | tuple) else [sentence["ann_id"]]
+        fields = [sentence[name] for name in ("sent", "exists", "gt_sent", "ref_id", "sent_id")]
+        return [*fields, [segmentations.get(number) for number in notes]]
 
     def __getitem__(self, index: int) -> Sample:
         picture = self.pictures[index]

@@ -24,18 +24,24 @@ The RLE loads in pycocotools as it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import re
+import sys
 import zipfile
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco
 
+from utils.files import parse_json, read_text, shown
 from utils.metrics import IGNORE_PIXEL, UNKNOWN, Expression, Overlap
+from utils.rle import MAX_PIXELS, RleError, check_all, checked
 from utils.say import say_score
 
 RELEASED_NAME = re.compile(r"preds_(?P<dataset>.+)_(?P<process>\d+)_of_(?P<world>\d+)\.json")
@@ -52,36 +58,201 @@ def decode_mask(rle: dict[str, Any]) -> np.ndarray:
     return coco.decode(rle)
 
 
+# ------------------------------------------------------------------------------------------------ reading
+
+
 def read_predictions(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a predictions file, in its order.
+    """The records of a predictions file, in its order. A byte order mark, CRLF and blank lines are passed over.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: a line is no record; the message names file, line and field.
+        FileNotFoundError: there is none.
+        ValueError: a line is no record, or an expression is there twice; the message names file, line and field.
+    """
+    return read_records(path, prediction_lines(path))
+
+
+def prediction_lines(path: str | Path) -> list[tuple[int, str]]:
+    """(line number, text without blanks around it) of the lines that are not blank.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is no text.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: `test_read.py --out FOLDER` writes predictions_*.jsonl")
+    if path.is_file() and path.stat().st_size == 0:
+        return []  # of an evaluation in which every image failed
+    return [(number, text) for number, line in enumerate(read_text(path).split("\n"), 1) if (text := line.strip())]
+
+
+def hash_of_lines(lines: Iterable[str]) -> str:
+    """A name for the lines of a predictions file, whatever its line ends are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for line in lines:
+        digest.update(line.strip().encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def read_records(path: str | Path, lines: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
+    """The records of the lines of `path` that `prediction_lines` gave; errors as `read_predictions`."""
     records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, text in lines:
         try:
-            record = json.loads(line)
+            records.append(parse_json(text, f"{path}, line {number}"))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-        missing = [name for name in REQUIRED if name not in record] if isinstance(record, dict) else list(REQUIRED)
-        if missing:
-            raise ValueError(f"{path}, line {number} lacks {', '.join(missing)}: not written by test_read.py, or by an older one")
-        records.append(record)
+            cut = number == lines[-1][0] and number > 1
+            raise ValueError(f"{error}{': the file is cut short' if cut else ''}") from None
+    check_records(records, [f"{path}, line {number}" for number, _ in lines])
+    first_line: dict[tuple[int, int], int] = {}
+    for (number, _), record in zip(lines, records, strict=True):
+        place = (record["image_index"], record["question_index"])
+        if (before := first_line.setdefault(place, number)) != number:
+            raise ValueError(f"{path}, line {number}: image {place[0]}, question {place[1]} is there twice (line {before})")
     return records
 
 
-REQUIRED = ("image_index", "question_index", "image", "question", "answer", "exists", "predicted_exists", "mask", "target")
-"""Fields without which a line is no record."""
+# ------------------------------------------------------------------------------------------------ what a record is
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_PIXELS
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # NaN compares as false
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+def _are_points(value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    try:  # thirty in each record: no loop in Python
+        flat = list(chain.from_iterable(value))
+        return not value or (set(map(len, value)) == {2} and sum(map(abs, flat)) <= FAR * len(flat))  # NaN compares as false
+    except TypeError:
+        return False
+
+
+def _are_labels(value: Any) -> bool:
+    try:
+        return isinstance(value, list) and set(value) <= {-1, 0, 1}
+    except TypeError:
+        return False
+
+
+FAR = 10**6
+"""Pixels; the points of a mask lie less far out on average."""
+COUNT, TEXT, TRUTH = (_is_count, "a whole number, 0 or more"), (_is_text, "text"), (_is_truth, "true, false or null")
+NUMBER = (_is_number, "a number or null")
+REQUIRED = {
+    "image_index": COUNT, "question_index": COUNT, "image": TEXT, "question": TEXT, "answer": TEXT, "exists": TRUTH,
+    "predicted_exists": TRUTH, "mask": None, "target": None,
+}  # fmt: skip
+"""Fields without which a line is no record, and what they must be; None is an RLE. `exists` and `predicted_exists` may be null."""
+OPTIONAL = {
+    "prompt": TEXT, "num_seg": COUNT, "iou": NUMBER, "intersection": COUNT, "union": COUNT, "ignored": None,
+    "box": (_is_box, "four numbers [x, y, width, height] or null"), "confidence": NUMBER,
+    "points": (_are_points, "a list of pairs [x, y] in or near the image"),
+    "point_labels": (_are_labels, "a list of 1, 0 and -1"), "seconds": NUMBER, "is_sentence": TRUTH, "reference": TEXT,
+    "say": (_is_share, "a number from 0 to 1, or null"),
+}  # fmt: skip
+"""Fields that may be missing or null."""
+RLES = ("mask", "target", "ignored")
+
+
+def check_records(records: Sequence[Any], where: Sequence[str]) -> None:
+    """Checks every field of records, and every mask before pycocotools sees it; masks with a list of counts are compressed.
+
+    Args:
+        records: what should be records.
+        where: file and line of each, with which messages begin.
+
+    Raises:
+        ValueError: one is none; the message says where, and names the field.
+    """
+    rles: list[Any] = []
+    places: list[tuple[int, str]] = []
+    for number, record in enumerate(records):
+        if fault := _fault(record):
+            raise ValueError(f"{where[number]}{fault}")
+        for name in RLES:
+            rle = record.get(name)
+            if rle is not None or name in REQUIRED:
+                try:
+                    if isinstance(rle, dict) and isinstance(rle.get("counts"), list):
+                        rle = checked(rle)
+                        record[name] = rle = rle | {"counts": rle["counts"].decode("ascii")}
+                except RleError as error:
+                    raise ValueError(f"{where[number]}, {name}: {error}") from None
+                rles.append(rle)
+                places.append((number, name))
+    try:
+        check_all(rles)
+    except RleError as error:
+        number, name = places[error.index]
+        raise ValueError(f"{where[number]}, {name}: {error}") from None
+    for number, record in enumerate(records):
+        if fault := _sizes_fault(record):
+            raise ValueError(f"{where[number]}: {fault}")
+
+
+def _fault(record: Any) -> str | None:
+    """What is wrong with the fields of a record, its masks excepted; it stands behind the record's place."""
+    if not isinstance(record, dict):
+        return f": must be a JSON object {{...}}, found {shown(record)}"
+    if missing := [name for name in REQUIRED if name not in record]:
+        return f" lacks {', '.join(missing)}: not written by test_read.py, or by an older one"
+    for name, kind in REQUIRED.items():
+        if kind is not None and not kind[0](record[name]) and not (kind is TRUTH and record[name] is None):
+            return f", {name}: must be {kind[1]}, found {shown(record[name])}"
+    for name, kind in OPTIONAL.items():
+        value = record.get(name)
+        if value is not None and kind is not None and not kind[0](value):
+            return f", {name}: must be {kind[1]}, found {shown(value)}"
+    pixels = record.get("intersection"), record.get("union")
+    if None not in pixels and pixels[0] > pixels[1]:
+        return f", intersection: must be no more than union, found {pixels[0]} and {pixels[1]}"
+    points, labels = record.get("points") or [], record.get("point_labels") or []
+    if len(points) != len(labels):
+        return f", point_labels: must be as many as points, found {len(labels)} and {len(points)}"
+    return None
+
+
+def _sizes_fault(record: dict[str, Any]) -> str | None:
+    size = list(record["mask"]["size"])
+    for name in ("target", "ignored"):
+        if record.get(name) is not None and list(record[name]["size"]) != size:
+            return f"mask is {_by(size)}, {name} {_by(record[name]['size'])}: they must agree"
+    return None
 
 
 def predictions_name(dataset: str, split: str) -> str:
     """Name of the predictions file of a data set; the name of own data is a path, of which letters and digits stay."""
-    plain = re.sub(r"[^\w.+-]+", "_", dataset).strip("_")
-    return f"predictions_{plain}_{split}.jsonl"
+    plain, split = (re.sub(r"[^\w.+-]+", "_", text).strip("_") for text in (dataset, split))
+    name = f"{plain}_{split}"
+    if len(name.encode()) > LONGEST_NAME:  # a file system takes 255 bytes
+        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        name = f"{name.encode()[:LONGEST_NAME].decode('utf-8', 'ignore')}_{digest}"
+    return f"predictions_{name}.jsonl"
+
+
+LONGEST_NAME = 160
+"""Bytes of a data set's name in a file name, so that there is room for what stands around it."""
 
 
 # ------------------------------------------------------------------------------------------------ records -> rows
@@ -90,13 +261,14 @@ def predictions_name(dataset: str, split: str) -> str:
 def expression(record: dict[str, Any]) -> Expression:
     """The row of a record for `utils.metrics`: pixels counted from the masks, Say from the words, not taken from the record.
 
+    The record must have passed `check_records`, as those of `read_predictions` have.
+
     Raises:
         ValueError: masks of different sizes; the message names the record and the field.
     """
     size, ignored = record["mask"]["size"], record.get("ignored")
-    for name in ("target", "ignored"):
-        if record.get(name) is not None and record[name]["size"] != size:
-            raise ValueError(f"{_where(record)}: mask is {_by(size)}, {name} {_by(record[name]['size'])}: they must agree")
+    if fault := _sizes_fault(record):
+        raise ValueError(f"{_where(record)}: {fault}")
     both = coco.merge([record["mask"], record["target"]], intersect=True)
     intersection, mask, target = (_area(rle, ignored) for rle in (both, record["mask"], record["target"]))
     exists, reference = _flag(record["exists"]), record.get("reference")
