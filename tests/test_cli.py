@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,6 +18,8 @@ from unittest import mock
 import pytest
 
 from utils.args import REMOVED, TrainArgs, parse_flags
+from utils.cli import check_max_new_tokens
+from utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.sh"))
@@ -278,3 +281,38 @@ def test_help_is_quick(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ answers that cannot fit
+
+
+def in_our_layout(folder: Path) -> Path:
+    """A checkpoint folder with nothing but its config: 2048 positions, 24 x 24 image tokens."""
+    text = {"max_position_embeddings": 2048}
+    write_json(folder / "config.json", {"llava": {"text_config": text, "vision_config": {"image_size": 336, "patch_size": 14}}})
+    return folder
+
+
+def in_released_layout(folder: Path) -> Path:
+    """The same in the original's layout, with the CLIP tower's folder beside it."""
+    (folder / "clip").mkdir()
+    write_json(folder / "config.json", {"mm_vision_tower": str(folder / "clip"), "max_position_embeddings": 2048})
+    write_json(folder / "clip/config.json", {"vision_config": {"image_size": 336, "patch_size": 14}})
+    return folder
+
+
+@pytest.mark.parametrize("layout", [in_our_layout, in_released_layout])
+@pytest.mark.parametrize("tokens", [2048 - 576, 5000, 0, -3, 10**12])
+def test_answers_beyond_the_positions_are_refused_from_the_config(tmp_path: Path, layout: Callable, tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"--max_new_tokens.*{tokens}"):
+        check_max_new_tokens(str(layout(tmp_path)), tokens)
+    check_max_new_tokens(str(tmp_path), 2048 - 576 - 1)
+
+
+@pytest.mark.parametrize("positions", [None, "2048", [], float("nan"), True])
+def test_a_config_without_usable_sizes_is_left_to_loading(tmp_path: Path, positions: object) -> None:
+    folder = tmp_path
+    (folder / "config.json").write_text(
+        json.dumps({"llava": {"text_config": {"max_position_embeddings": positions}, "vision_config": {}}}), encoding="utf-8"
+    )
+    check_max_new_tokens(str(folder), 10**6)
