@@ -55,7 +55,8 @@ def _scene(rng: np.random.Generator, split: str, usable: Callable[[world.Scene],
 
 
 def _write_jpeg(file: Path, image: np.ndarray) -> None:
-    cv2.imwrite(str(file), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    # Not imwrite, which is silent about a full disk.
+    file.write_bytes(cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1])
 
 
 def polygons(mask: np.ndarray) -> list[np.ndarray]:
