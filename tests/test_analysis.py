@@ -440,15 +440,23 @@ def test_the_tables_hold_what_was_measured(report: tuple[Path, Path]) -> None:
 
 
 def test_one_report_replaces_another_but_nothing_else(folder: Path, data: Path, tmp_path: Path) -> None:
-    """A second run leaves no picture of the first; a folder of something else is left alone."""
+    """A second run leaves no image of the first and keeps what the user put there; another folder is left alone."""
     out = tmp_path / "out"
     assert command.main(line(folder, data, out, "--limit", "2")) == 0
     assert len(list((out / "pictures").glob("ReasonSeg-val_*.jpg"))) == 2 * 8
+    mine = ("mine.png", "layers_mine.png", "notes.md", "pictures/mine.jpg", "pictures/mine/ReasonSeg.jpg")
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(name)
     assert command.main(line(folder, data, out, "--limit", "1")) == 0
     assert len(list((out / "pictures").glob("ReasonSeg-val_*.jpg"))) == 8 and not (out / "sweep.csv").exists()
+    assert all((out / name).read_text() == name for name in mine)
+    with pytest.raises(SystemExit, match="nowhere"):
+        command.main(line(folder, data, out, "--limit", "1", "--version", str(tmp_path / "nowhere")))
+    assert len(list((out / "pictures").glob("ReasonSeg-val_*.jpg"))) == 8, "a report that fails replaces none"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("a")
-    with pytest.raises(SystemExit, match="not empty"):
+    with pytest.raises(SystemExit, match="did not write"):
         command.main(line(folder, data, tmp_path / "mine"))
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 

@@ -161,5 +161,6 @@ def one_line(error: BaseException, limit: int = 600) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"  # not "[Errno 28] ..."
     else:
-        text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = "; ".join(lines).replace(":; ", ": ") or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]} ... (READ_DEBUG=1 shows all)"

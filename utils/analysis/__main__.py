@@ -118,7 +118,7 @@ def analyse(options: argparse.Namespace) -> int:
             samples = torch.utils.data.Subset(samples, range(min(options.limit, len(samples))))
         parts.append((entry, samples))
     if len({slug_of(entry) for entry, _ in parts}) < len(parts):
-        raise ValueError(f"--data: two of {', '.join(options.data)} are one, or differ in signs alone: their images would share names")
+        raise ValueError(f"--data {' '.join(options.data)}: two are the same, or differ in signs alone, and would share files")
     with out.replacement() as folder:
         studies = write_report(options, folder, models, names, parts)
     print(tables.as_text(studies, [entry for entry, _ in parts]))
