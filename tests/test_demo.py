@@ -1,6 +1,10 @@
 """`demo.py` and `test_read.py` as a user runs them, on the embedded base: files, repeated questions, errors in one line."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -74,7 +78,6 @@ def test_incomplete_checkpoints_are_one_line(picture, tmp_path):
 
 
 def test_a_tokenizer_without_seg_is_said(picture, tmp_path):
-    from pathlib import Path
     from shutil import copytree
 
     base = copytree(Path(demo.__file__).parent / DEFAULT_MODEL, tmp_path / "model")
@@ -82,6 +85,121 @@ def test_a_tokenizer_without_seg_is_said(picture, tmp_path):
     with pytest.raises(SystemExit, match=r"tokenizer without \[SEG\]"):
         ask(picture, tmp_path, "--prompt", "What?", "--version", str(base))
     assert weight_files(base)
+
+
+# ------------------------------------------------------------------------------------------------ before a model is loaded
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Loading a model fails the test."""
+    monkeypatch.setattr(demo, "load_model", lambda *_: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "is empty"), (" \t\n", "is empty"), ("the [SEG]", r"must not contain \[SEG\]"), ("a\0b", ".*no character of a text"),
+        ("<image> cup", "must not contain <image>"), ("a</s>b", "must not contain </s>"), ("\ud83d", ".*no character of a text"),
+        ("x ASSISTANT: y", "must not contain ASSISTANT:"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("with_image", [True, False])
+def test_questions_that_cannot_be_asked_are_refused(picture, tmp_path, unloaded, prompt, words, with_image):
+    image = ["--image", str(picture)] if with_image else []
+    with pytest.raises(SystemExit, match=f"demo.py: --prompt: the question {words}") as stopped:
+        demo.main([*image, "--vis_save_path", str(tmp_path / "out"), "--prompt", "fine", "--prompt", prompt])
+    assert stopped.value.code == 2 and "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nowhere", "link", "name" * 80, "/dev/null"])
+def test_places_that_cannot_be_written_are_refused(picture, tmp_path, unloaded, where):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(SystemExit, match="--vis_save_path .*(is no folder|cannot be written: )") as stopped:
+        ask(picture, tmp_path / where, "--prompt", "What?")
+    assert stopped.value.code == 2 and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("tokens", ["0", "-1", "2000", "1904", "999999999999"])
+def test_answers_that_cannot_fit_are_refused(picture, tmp_path, unloaded, tokens):
+    with pytest.raises(SystemExit, match="--max_new_tokens") as stopped:
+        demo.main(["--image", str(picture), "--prompt", "What?", "--vis_save_path", str(tmp_path), "--max_new_tokens", tokens])
+    assert stopped.value.code == 2
+
+
+def test_ctrl_c_is_one_line(picture, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "load_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stopped:
+        ask(picture, tmp_path / "out", "--prompt", "What?")
+    assert stopped.value.code == 130 and capsys.readouterr().err == "demo.py: stopped\n"
+
+
+# ------------------------------------------------------------------------------------------------ names, texts, many questions
+
+
+@pytest.mark.parametrize(
+    "name", ["shirt-" * 41 + "a.jpg", "\u7167\u7247" * 41 + ".jpg", "\u00e9" * 125 + ".jpg", "\U0001f600" * 62 + ".jpg"],
+    ids=["latin", "chinese", "accents", "emoji"],
+)
+def test_answers_about_images_of_long_names_have_folders(tmp_path, name):
+    assert 249 < len(name.encode()) < 256
+    (tmp_path / name).write_bytes(b"")
+    folder = demo.new_folder(tmp_path / "out", str(tmp_path / name), "Where?")
+    assert folder.is_dir() and folder.parent.name.startswith(name[:50]) and len(folder.parent.name.encode()) <= 255
+    other = demo.new_folder(tmp_path / "out", str(tmp_path / "elsewhere" / name), "Where?")
+    assert other.parent != folder.parent
+
+
+def test_what_was_answered_stays_when_a_later_question_fails(picture, tmp_path):
+    with pytest.raises(SystemExit, match="the conversation has"):
+        ask(picture, tmp_path / "out", "--prompt", "What is red?", "--prompt", "red " * 3000)
+    (answer,) = (tmp_path / "out").rglob("answer.json")
+    assert json.loads(answer.read_text(encoding="utf-8"))["prompt"] == "What is red?"
+
+
+def test_an_answer_that_cannot_be_written_is_printed(picture, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "answer.json")
+
+    monkeypatch.setattr(demo, "write_json", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        ask(picture, tmp_path / "out", "--prompt", "What is red?")
+    assert "Say:     " in capsys.readouterr().out
+
+
+def test_a_chat_goes_on_after_bad_input(picture, tmp_path, monkeypatch, capsys):
+    images = ["nowhere.png", str(tmp_path), "~nobody-of-this-name/a.png", str(picture)]
+    typed = iter([*images, "a [SEG]", "red " * 3000, "What is red?", "quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert demo.main(["--vis_save_path", str(tmp_path / "out"), "--max_new_tokens", "24"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("does not exist", "is a folder", "must not contain [SEG]", "the conversation has", "Written: "):
+        assert words in printed
+    assert len(list((tmp_path / "out").rglob("answer.json"))) == 1
+
+
+def test_ctrl_c_ends_a_chat_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(demo, "Demo", lambda options: None)
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(["--vis_save_path", str(tmp_path / "out")])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "demo.py: stopped\n"
+
+
+def test_any_locale_will_do(picture, tmp_path):
+    """Python decodes arguments and opens files as ASCII here, and prints in an encoding of Windows."""
+    question, name = "Wo ist das \u84dd\u8272 caf\u00e9?", "\u84dd.png"
+    (tmp_path / name).write_bytes(picture.read_bytes())
+    command = [sys.executable, "demo.py", "--image", tmp_path / name, "--prompt", question, "--max_new_tokens", "8",
+               "--vis_save_path", tmp_path / "out"]  # fmt: skip
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "cp1252"}
+    root = Path(demo.__file__).parent
+    done = subprocess.run(command, cwd=root, env={**os.environ, **locale}, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (answer,) = (tmp_path / "out").rglob("answer.json")
+    assert json.loads(answer.read_text(encoding="utf-8"))["prompt"] == question
+    assert answer.parent.parent.name.startswith("\u84dd.png-")
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     "train": (
         r"config\.json", r"trainable\.txt", r"log\.jsonl", r"events\.out\.tfevents\..*", r"best\.json", r"skipped\.jsonl",
         r"wandb", r"curves\.png", r"ckpt_model/step\d+", r"ckpt_model/step\d+\.partial", r"ckpt_model/latest",
-        r"ckpt_model/zero_to_fp32\.py",  # DeepSpeed puts it there
+        r"ckpt_model/zero_to_\w+\.py",  # DeepSpeed puts it there
     ),
     "merge": (
         r"config\.json", r"generation_config\.json", r"model(-\d+-of-\d+)?\.safetensors", r"model\.safetensors\.index\.json",
@@ -283,6 +284,22 @@ def check_file(path: Path, flag: str) -> None:
         raise IsADirectoryError(f"{path} is a folder: {flag} takes the name of a file")
     if os.path.lexists(path) and not (path.is_file() and FILE_MARK.encode() in path.read_bytes()):
         raise NotOursError(f"{path} exists and was not made by this command: move it, or give {flag} another name")
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Makes a folder, and a file in it for a moment, to know before anything is computed that results can be written there.
+
+    Raises:
+        OSError: beginning with the flag that names the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise NotADirectoryError(f"{flag} {folder} is no folder: choose another name") from None
+    except OSError as error:
+        raise OSError(f"{flag} {folder} cannot be written: {error.strerror or error}") from None
 
 
 def remove(entry: Path) -> None:
