@@ -32,6 +32,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from utils.cli import plain_errors  # noqa: E402
+from utils.files import write_text  # noqa: E402
+
 SHARD = 2 * 10**9
 TOKENIZER = ROOT / "assets/read-mini-base"
 """Its vocabulary stands in for LLaMA's, whose files are not ours to ship; the rest has READ-7B's shapes."""
@@ -166,6 +169,7 @@ def child(way: str, folder: Path, device: str) -> dict[str, float]:
     }
 
 
+@plain_errors("loading")
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     if options.child:
@@ -207,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
             "results": results,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(options.out, json.dumps(record, indent=1) + "\n")
         print(f"written: {options.out}")
 
 

@@ -18,6 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils.cli import plain_errors  # noqa: E402
+
 VARIANTS = {"SasP on": "--sasp", "SasP off": "--no-sasp"}
 SETS = ("refcoco|val", "ReasonSeg|val")
 
@@ -46,6 +50,7 @@ def measure(folder: Path, variant: str, seed: int, options: argparse.Namespace) 
     return scores
 
 
+@plain_errors("sasp_ablation")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

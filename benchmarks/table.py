@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils.cli import plain_errors  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results"
 README, ALL = ROOT / "README.md", ROOT / "benchmarks/README.md"
 BEGIN, END = "<!-- speeds: begin (benchmarks/table.py) -->", "<!-- speeds: end -->"
@@ -170,6 +174,7 @@ def written(file: Path) -> str:
     return f"{before}{BEGIN}\n{table(headlines=file == README)}\n{END}{after}"
 
 
+@plain_errors("table")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="puts them into the READMEs; without it all rows are printed")
