@@ -328,7 +328,7 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):
-            (PROCESS / "clear_refs").write_text("5")
+            (PROCESS / "clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
     from utils.runlog import package_versions
 
     if options.size is None and (options.plan or options.bits):
-        raise SystemExit("evaluation: --plan and --bits are for random weights of a --size")
+        raise ValueError("--plan and --bits are for random weights of a --size")
     if options.plan:
         print(plan(options.size))
         return

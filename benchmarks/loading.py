@@ -102,9 +102,10 @@ def write_checkpoint(folder: Path, layers: int, layout: str, device: str = "cpu"
             weight_map |= dict.fromkeys(shard, name)
             shard, size, number = {}, 0, number + 1
     assert any(key.startswith(VISION_TOWER) for key in weight_map)
-    (folder / f"{stem}.{layout}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / f"{stem}.{layout}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
     processor.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(released_config(config)))  # last: it says that the folder is whole
+    # Last: it says that the folder is whole.
+    (folder / "config.json").write_text(json.dumps(released_config(config)), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ a fresh process
@@ -112,7 +113,7 @@ def write_checkpoint(folder: Path, layers: int, layout: str, device: str = "cpu"
 
 def memory(name: str) -> int:
     """A field of /proc/self/status, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(name)

@@ -126,7 +126,7 @@ def table(headlines: bool) -> str:
     notes: list[str] = []
     for name, rows in KINDS.items():
         for file in sorted(RESULTS.glob(f"{name}.json")):
-            record = json.loads(file.read_text())
+            record = json.loads(file.read_text(encoding="utf-8"))
             place, words = _place(record["hardware"])
             for row in rows(record):
                 if headlines and not row.headline:
@@ -167,10 +167,10 @@ def _model(record: dict[str, Any]) -> str:
 
 def written(file: Path) -> str:
     """A README with the table between its marks replaced."""
-    before, _, rest = file.read_text().partition(BEGIN)
+    before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise SystemExit(f"table: {file} has no {BEGIN} ... {END}")
+        raise ValueError(f"{file} has no {BEGIN} ... {END}")
     return f"{before}{BEGIN}\n{table(headlines=file == README)}\n{END}{after}"
 
 
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.write:
         for file in (README, ALL):
-            file.write_text(written(file))
+            file.write_text(written(file), encoding="utf-8")
     else:
         print(table(headlines=False))
 

@@ -70,7 +70,7 @@ def through_script(words: list[str]) -> list[str]:
     """`bash x.sh A --b c` as the command that x.sh runs: its live command with its parameters filled in."""
     for i, word in enumerate(words):
         if word.endswith(".sh") and (ROOT / word).is_file():
-            names = dict(re.findall(r"^(\w+)=\$\{(\d)", (ROOT / word).read_text(), flags=re.MULTILINE))
+            names = dict(re.findall(r"^(\w+)=\$\{(\d)", (ROOT / word).read_text(encoding="utf-8"), flags=re.MULTILINE))
             given = words[i + 1 :]
             return [part for token in live_command(ROOT / word) for part in _fill(token, given, names)]
     return words
@@ -90,7 +90,7 @@ def _fill(token: str, given: list[str], names: dict[str, str]) -> list[str]:
 
 def live_command(script: Path) -> list[str]:
     """Words of the last command of a script, the one that runs Python."""
-    text = re.sub(r"\\\n\s*", " ", script.read_text())
+    text = re.sub(r"\\\n\s*", " ", script.read_text(encoding="utf-8"))
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     return shlex.split([line for line in lines if any(entry in line for entry in ENTRIES)][-1])
 
@@ -101,7 +101,7 @@ def shown_commands() -> list[tuple[str, list[str]]]:
     made = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     sources = [("Makefile", re.sub(r"\\\n\s*", " ", made))]
     if (ROOT / "README.md").is_file():
-        text = (ROOT / "README.md").read_text()
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
         blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
         spans = re.findall(r"`((?:bash|python) [^`\n]+)`", text)
         shown = [block for language, block in blocks if language in ("", "bash", "sh", "shell")] + spans
@@ -126,7 +126,7 @@ def shown_commands() -> list[tuple[str, list[str]]]:
 def test_script_is_sound(script: Path) -> None:
     """Usage in the first lines, strict mode, valid bash."""
     subprocess.run(["bash", "-n", str(script)], check=True)
-    lines = script.read_text().splitlines()
+    lines = script.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert lines[1].startswith("# ")
     assert "set -euo pipefail" in lines
@@ -135,7 +135,7 @@ def test_script_is_sound(script: Path) -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_script_has_one_live_command_and_passes_arguments_on(script: Path) -> None:
     """The original overwrote its own arguments and kept whole commands as comments."""
-    text = script.read_text()
+    text = script.read_text(encoding="utf-8")
     live = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     assert sum(any(entry in line for entry in ENTRIES) for line in live) == 1
     assert '"$@"' in text or '"${@:' in text
@@ -144,7 +144,8 @@ def test_script_has_one_live_command_and_passes_arguments_on(script: Path) -> No
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_command_of_script_parses(script: Path) -> None:
     """Every flag that a script types is one of the entry it runs, with a value it takes."""
-    positional = ["RUN", "OUT"] if "$2" in script.read_text() or "${2" in script.read_text() else ["NAME"]
+    text = script.read_text(encoding="utf-8")
+    positional = ["RUN", "OUT"] if "$2" in text or "${2" in text else ["NAME"]
     entry, words = entry_of(through_script([script.name, *positional]))
     parse(entry, [word for word in words if "$" not in word])
 
@@ -165,7 +166,7 @@ LAUNCHER = "-m deepspeed.launcher.runner --master_port 29500"
 def test_train_script_starts_one_process_or_many(tmp_path: Path, given: dict[str, str], launched: str) -> None:
     """What train_read.sh runs, with a python in its way that only repeats it."""
     stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES:+on $CUDA_VISIBLE_DEVICES: }$*"\n')
+    stub.write_text('#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES:+on $CUDA_VISIBLE_DEVICES: }$*"\n', encoding="utf-8")
     stub.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", **given}
     done = subprocess.run(
@@ -256,7 +257,7 @@ def test_settings_survive_the_round_trip_through_json(tmp_path: Path) -> None:
     args = TrainArgs(lora_r=64, sasp=False, t_pos=0.6, time_limit_s=12.5, exp_name="x")
     args.save(tmp_path / "config.json", command=["train_read.py"])
     assert TrainArgs.load(tmp_path) == args
-    assert json.loads((tmp_path / "config.json").read_text())["command"] == ["train_read.py"]
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["command"] == ["train_read.py"]
     with pytest.raises(FileNotFoundError, match="not a training run"):
         TrainArgs.load(tmp_path / "elsewhere")
 

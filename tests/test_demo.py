@@ -41,7 +41,7 @@ def test_answers_are_written_and_never_overwritten(picture, tmp_path, capsys):
     answers = sorted(folder.iterdir())
     assert len(answers) == 2
     for answer in answers:
-        record = json.loads((answer / "answer.json").read_text())
+        record = json.loads((answer / "answer.json").read_text(encoding="utf-8"))
         assert record["segments"], "--force_segment gives a mask whatever the answer"
         size = read_image(picture).shape
         mask = read_image(answer / "mask.png")
@@ -81,7 +81,7 @@ def test_a_tokenizer_without_seg_is_said(picture, tmp_path):
     from shutil import copytree
 
     base = copytree(Path(demo.__file__).parent / DEFAULT_MODEL, tmp_path / "model")
-    (base / "added_tokens.json").write_text("{}")
+    (base / "added_tokens.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"tokenizer without \[SEG\]"):
         ask(picture, tmp_path, "--prompt", "What?", "--version", str(base))
     assert weight_files(base)
@@ -114,11 +114,11 @@ def test_questions_that_cannot_be_asked_are_refused(picture, tmp_path, unloaded,
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/nowhere", "link", "name" * 80, "/dev/null"])
 def test_places_that_cannot_be_written_are_refused(picture, tmp_path, unloaded, where):
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(SystemExit, match="--vis_save_path .*(is no folder|cannot be written: )") as stopped:
         ask(picture, tmp_path / where, "--prompt", "What?")
-    assert stopped.value.code == 2 and (tmp_path / "file").read_text() == "mine"
+    assert stopped.value.code == 2 and (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize("tokens", ["0", "-1", "2000", "1904", "999999999999"])
@@ -214,11 +214,11 @@ def test_results_name_their_protocol_and_count_everything(data, tmp_path, protoc
     command = ["--data", "ReasonSeg|val", "fprefcoco|val", "--dataset_dir", str(data), "--protocol", protocol,
                "--max_new_tokens", "16", "--workers", "0", "--out", str(tmp_path)]  # fmt: skip
     assert test_read.main(command) == 0
-    record = json.loads((tmp_path / "results.json").read_text())
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert record["protocol"] == protocol and record["templates"] == "fixed" and record["sasp"]["enabled"]
     for result in record["results"]:
         assert result["images"] == 3
-        lines = (tmp_path / f"predictions_{result['dataset']}_{result['split']}.jsonl").read_text().splitlines()
+        lines = (tmp_path / f"predictions_{result['dataset']}_{result['split']}.jsonl").read_text(encoding="utf-8").splitlines()
         assert len(lines) == result["expressions"]
         assert 0 <= result["ciou"] <= 1 and (result["see"] is None) == (protocol == "forced")
 
@@ -238,7 +238,7 @@ def test_few_bits_cached_features_and_own_data(data, tmp_path):
     results = []
     for name in ("first", "second"):
         assert test_read.main([*command, "--out", str(tmp_path / name)]) == 0
-        record = json.loads((tmp_path / name / "results.json").read_text())
+        record = json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))
         assert record["bits"] == 8
         assert (tmp_path / name / predictions_name(str(own), "val")).is_file()
         results.append([{k: v for k, v in result.items() if k != "seconds"} for result in record["results"]])

@@ -28,7 +28,7 @@ def places(tmp_path: Path) -> Path:
     """A folder with a finished run, and with what it was trained from."""
     for name in ("base/config.json", "base/clip/config.json", "sam.pth", "data/coco/a.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("precious")
+        (tmp_path / name).write_text("precious", encoding="utf-8")
     settings = {"version": tmp_path / "base", "vision_tower": tmp_path / "base/clip", "vision_pretrained": tmp_path / "sam.pth"}
     make_run(tmp_path / "run", flags(tmp_path / "data", tmp_path, "run", **settings))
     return tmp_path
@@ -40,8 +40,8 @@ def make_run(run: Path, line: list[str]) -> Path:
     TrainArgs.resolve(parse_flags(line)).save(run / "config.json", world_size=1, versions={})
     for name in ("step2", "step4", "step4_keep"):
         (run / "ckpt_model" / name).mkdir(parents=True)
-        (run / "ckpt_model" / name / "weights.pt").write_text("weights")
-    (run / "ckpt_model/latest").write_text("step4")
+        (run / "ckpt_model" / name / "weights.pt").write_text("weights", encoding="utf-8")
+    (run / "ckpt_model/latest").write_text("step4", encoding="utf-8")
     return run
 
 
@@ -66,20 +66,20 @@ COMMANDS = {
 
 def thesis(root: Path, command: str) -> Path:
     (root / "thesis").mkdir()
-    (root / "thesis/chapter.tex").write_text("years")
+    (root / "thesis/chapter.tex").write_text("years", encoding="utf-8")
     return root / "thesis"
 
 
 def with_a_name_of_ours(root: Path, command: str) -> Path:
     (root / "mine").mkdir()
     for name in ("config.json", "analysis.json", "index.html", "instances.json", "README.md", ".read-mini.json"):
-        (root / "mine" / name).write_text("{}")
+        (root / "mine" / name).write_text("{}", encoding="utf-8")
     return root / "mine"
 
 
 def of_another_command(root: Path, command: str) -> Path:
     OutputFolder(root / "other", next(name for name in OWN_FILES if name != command)).mark()
-    (root / "other/config.json").write_text("{}")
+    (root / "other/config.json").write_text("{}", encoding="utf-8")
     return root / "other"
 
 
@@ -94,7 +94,7 @@ def link_to_nothing(root: Path, command: str) -> Path:
 
 
 def a_file(root: Path, command: str) -> Path:
-    (root / "file").write_text("text")
+    (root / "file").write_text("text", encoding="utf-8")
     return root / "file"
 
 
@@ -171,16 +171,16 @@ def test_an_earlier_merge_is_replaced_and_all_else_in_it_stays(run: Path, tmp_pa
     folder = OutputFolder(out, "merge")
     assert {path.name for path in folder.own_entries()} | {".read-output.json"} == set(written), "every file is known as ours"
     (out / "notes").mkdir()
-    (out / "notes/thesis.md").write_text("years")
-    (out / "config.json").write_text("old")
+    (out / "notes/thesis.md").write_text("years", encoding="utf-8")
+    (out / "config.json").write_text("old", encoding="utf-8")
     (tmp_path / "merged.partial").mkdir()
-    (tmp_path / "merged.partial/foreign").write_text("x")
+    (tmp_path / "merged.partial/foreign").write_text("x", encoding="utf-8")
     with pytest.raises(SystemExit, match="earlier result.*--overwrite"):
         merged(run, out, "--layout", layout)
     merged(run, out, "--layout", layout, "--overwrite")
     assert sorted(path.name for path in out.iterdir()) == sorted([*written, "notes"])
-    assert (out / "notes/thesis.md").read_text() == "years"
-    assert not (out / "config.json").is_file() or (out / "config.json").read_text() != "old"
+    assert (out / "notes/thesis.md").read_text(encoding="utf-8") == "years"
+    assert not (out / "config.json").is_file() or (out / "config.json").read_text(encoding="utf-8") != "old"
     assert content(tmp_path / "merged.partial") == {"foreign": b"x"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.partial"]
 
@@ -205,17 +205,17 @@ def test_a_merge_to_where_another_wrote_meanwhile_is_refused(
 
     def other() -> None:
         OutputFolder(tmp_path / "merged", "merge").mark()
-        (tmp_path / "merged/config.json").write_text("of the other")
+        (tmp_path / "merged/config.json").write_text("of the other", encoding="utf-8")
 
     with pytest.raises(SystemExit, match="earlier result"):
         merged(run, tmp_path / "merged")
-    assert (tmp_path / "merged/config.json").read_text() == "of the other"
+    assert (tmp_path / "merged/config.json").read_text(encoding="utf-8") == "of the other"
 
 
 @needs_ckpt
 def test_only_the_checkpoints_of_the_run_are_deleted(run: Path, tmp_path: Path) -> None:
     again = make_run(tmp_path / "run", flags(tmp_path, tmp_path, "run"))
-    (again / "ckpt_model/mine.txt").write_text("mine")
+    (again / "ckpt_model/mine.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "weights.pt").symlink_to(run.parent / "weights.pt")
     merged(again, again / "merged", "--delete_shards")
     left = {path.relative_to(again / "ckpt_model").as_posix() for path in (again / "ckpt_model").rglob("*")}
@@ -270,14 +270,14 @@ def test_mini_data_are_replaced_by_smaller_ones_and_foreign_files_stay(tmp_path:
     first = content(out)
     for name in ("notes.txt", "own/mine/questions.csv", "reason_seg/ReasonSeg/train/mine.jpg"):
         (out / name).parent.mkdir(exist_ok=True)
-        (out / name).write_text("mine")
+        (out / name).write_text("mine", encoding="utf-8")
     assert mini.main(["--out", str(out), "--train", "4", *SMALL]) == 0
     again = content(out)
     assert {name: value for name, value in again.items() if name in first} == first, "the same bytes"
     assert mini.main(["--out", str(out), "--train", "2", *SMALL]) == 0
     train = {path.name for path in (out / "reason_seg/ReasonSeg/train").iterdir()}
     assert train == {"mini_train_0000.jpg", "mini_train_0000.json", "mine.jpg"}, "what is no longer part of the data is gone"
-    assert (out / "own/mine/questions.csv").read_text() == "mine" and (out / "notes.txt").read_text() == "mine"
+    assert all((out / name).read_text(encoding="utf-8") == "mine" for name in ("own/mine/questions.csv", "notes.txt"))
 
 
 def test_mini_data_that_fail_leave_the_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +287,7 @@ def test_mini_data_that_fail_leave_the_earlier_ones(tmp_path: Path, monkeypatch:
 
     def full(root: Path, **_: int) -> None:
         root.mkdir()
-        (root / "half.jpg").write_text("half")
+        (root / "half.jpg").write_text("half", encoding="utf-8")
         raise OSError(28, "No space left on device", str(root / "half.jpg"))
 
     monkeypatch.setattr(mini, "write_all", full)
@@ -311,30 +311,30 @@ def test_a_foreign_file_in_the_way_of_mini_data_is_named(tmp_path: Path) -> None
     out = tmp_path / "mini"
     OutputFolder(out, "mini").mark()
     (out / "llava_dataset").mkdir()
-    (out / "llava_dataset/llava_instruct_150k.json").write_text("real")
+    (out / "llava_dataset/llava_instruct_150k.json").write_text("real", encoding="utf-8")
     with pytest.raises(SystemExit, match="llava_instruct_150k.json was not written by this command"):
         mini.main(["--out", str(out), "--train", "2", *SMALL])
-    assert (out / "llava_dataset/llava_instruct_150k.json").read_text() == "real"
+    assert (out / "llava_dataset/llava_instruct_150k.json").read_text(encoding="utf-8") == "real"
     assert not (out / "coco").exists()
 
 
 def test_mini_data_of_an_older_version_are_refused_with_advice(tmp_path: Path) -> None:
     file = tmp_path / "mini/reason_seg/ReasonSeg/val/mini_val_0000.json"
     file.parent.mkdir(parents=True)
-    file.write_text("{}")
+    file.write_text("{}", encoding="utf-8")
     with pytest.raises(SystemExit, match="older versions wrote it: delete it yourself, or choose another --out"):
         mini.main(["--out", str(tmp_path / "mini")])
 
 
 @pytest.mark.parametrize("files", [None, 3, ["../thesis"], ["/etc/passwd"], [1], "coco", {}])
 def test_a_damaged_record_of_mini_data_deletes_nothing(tmp_path: Path, files: object) -> None:
-    (tmp_path / "thesis").write_text("years")
+    (tmp_path / "thesis").write_text("years", encoding="utf-8")
     out = tmp_path / "mini"
     OutputFolder(out, "mini").mark()
-    (out / ".read-mini.json").write_text(json.dumps({"files": files}))
+    (out / ".read-mini.json").write_text(json.dumps({"files": files}), encoding="utf-8")
     with pytest.raises(SystemExit, match="field files: must list paths"):
         mini.main(["--out", str(out), "--train", "2", *SMALL])
-    assert (tmp_path / "thesis").read_text() == "years"
+    assert (tmp_path / "thesis").read_text(encoding="utf-8") == "years"
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_numbers_of_images_that_make_no_sense_are_named(tmp_path: Path, flag: tu
 
 
 def test_curves_replace_only_curves(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n', encoding="utf-8")
     for name in ("curves.png", "curves.svg", "curves.pdf"):
         for _ in range(2):
             assert plot.main([str(tmp_path), "--out", str(tmp_path / name)]) == 0

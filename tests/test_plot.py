@@ -23,7 +23,7 @@ def records(steps: int, scale: float = 1.0) -> list[dict]:
 
 def write(folder: Path, entries: list[dict]) -> Path:
     folder.mkdir()
-    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     return folder
 
 
@@ -76,7 +76,7 @@ def test_the_command_writes_a_picture(tmp_path, capsys):
 
 def test_a_log_being_written_is_read_to_its_last_whole_line(tmp_path):
     run = write(tmp_path / "run", [{"kind": "other", "step": 1}, *records(2)])
-    with (run / "log.jsonl").open("a") as file:
+    with (run / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"kind": "train", "st')
     assert read_log(run) == records(2)
 

@@ -125,7 +125,7 @@ def _put_another_picture(file: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [_truncate, _flip_a_bit, _change_the_dtype, _change_the_shape, _put_another_picture,
-     lambda file: file.write_bytes(b""), lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"),
+     lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
      lambda file: save_file({"x": torch.zeros(1)}, file)],
     ids=["truncated", "bit flipped", "dtype", "shape", "other picture", "empty", "text", "other tensors"],
 )  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_damaged_entry_is_computed_and_repaired(tmp_path, damage):
 
 
 def test_a_file_in_place_of_the_folder_ends_nothing(tmp_path, caplog):
-    (tmp_path / "cache").write_text("not a folder")
+    (tmp_path / "cache").write_text("not a folder", encoding="utf-8")
     model, image = frozen_read(tmp_path / "cache"), pictures(1)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

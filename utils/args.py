@@ -256,7 +256,7 @@ class TrainArgs:
         """Writes JSON: the settings under `train`, and what else belongs to the record of a run beside them."""
         text = json.dumps({"train": dataclasses.asdict(self), **beside}, indent=2)
         partial = Path(f"{file}.partial")
-        partial.write_text(text + "\n")
+        partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(file)
 
     @classmethod

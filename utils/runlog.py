@@ -124,7 +124,7 @@ def drop_records(file: Path, after_step: int, measured_step: int) -> None:
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
             if record["step"] > (measured_step if record["kind"] == "val" else after_step):
