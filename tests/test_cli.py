@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from conftest import pytest_terminal_summary
 
 from utils.args import REMOVED, TrainArgs, parse_flags
 from utils.cli import check_max_new_tokens
@@ -282,6 +284,57 @@ def test_help_is_quick(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ CI
+
+
+def ci(tmp_path: Path, *there: str, user: int = 0, apt: str = "exit 0") -> tuple[subprocess.CompletedProcess, list[str]]:
+    """(how .ci/run ended, what it called) where only some commands exist; `apt` is what apt-get does."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("dirname", "bash"):
+        (tools / name).symlink_to(shutil.which(name))
+    scripts = {"id": f"echo {user}", "timeout": 'shift; exec "$@"', "make": "exit 0", "apt-get": apt}
+    scripts |= dict.fromkeys(there, "exit 0")
+    for name, does in scripts.items():
+        log = f'echo "{name} $*" >> {tmp_path}/called\n' if name in ("make", "apt-get") else ""
+        (tools / name).write_text(f"#!{shutil.which('bash')}\n{log}{does}\n", encoding="utf-8")
+        (tools / name).chmod(0o755)
+    done = subprocess.run([ROOT / ".ci/run"], env={"PATH": str(tools)}, capture_output=True, text=True, check=False)
+    called = [re.sub(r" -o \S+", "", line) for line in (tmp_path / "called").read_text(encoding="utf-8").splitlines()]
+    return done, called
+
+
+UPDATE, INSTALL, TEST = "apt-get -qq update", "apt-get -qq install -y --no-install-recommends chromium", "make test"
+
+
+def test_ci_installs_a_browser_where_there_is_none(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    apt = f"[[ $* != *install* ]] || {shutil.which('cp')} {tools}/make {tools}/chromium"
+    done, called = ci(tmp_path, apt=apt)
+    assert called == [UPDATE, INSTALL, TEST] and (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("apt, tried", [("exit 100", [UPDATE]), ("[[ $* == *update* ]]", [UPDATE, INSTALL])])
+def test_ci_goes_on_without_a_browser_and_says_so(tmp_path: Path, apt: str, tried: list[str]) -> None:
+    done, called = ci(tmp_path, apt=apt)
+    assert called == [*tried, TEST] and done.returncode == 0
+    assert done.stderr == "Chromium could not be installed: the tests that open the page in a browser are skipped\n"
+
+
+@pytest.mark.parametrize("there, user", [(["chromium"], 0), (["google-chrome"], 0), ([], 1000)])
+def test_ci_leaves_the_machine_alone(tmp_path: Path, there: list[str], user: int) -> None:
+    done, called = ci(tmp_path, *there, user=user)
+    assert called == [TEST] and done.returncode == 0
+
+
+def test_skipped_tests_are_counted_by_reason(tmp_path: Path) -> None:
+    lines: list[str] = []
+    reports = [SimpleNamespace(longrepr=("a.py", 1, f"Skipped: {why}")) for why in ("no GPU", "no Chromium", "no GPU")]
+    pytest_terminal_summary(SimpleNamespace(stats={"skipped": reports}, write_line=lines.append))
+    pytest_terminal_summary(SimpleNamespace(stats={}, write_line=lines.append))
+    assert lines == ["2 skipped: no GPU", "1 skipped: no Chromium"]
 
 
 # ------------------------------------------------------------------------------------------------ answers that cannot fit
