@@ -18,13 +18,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_model_flags, load_model, one_line
+from utils.cli import DEFAULT_MODEL, add_model_flags, check_max_new_tokens, load_model, one_line, plain_errors
+from utils.conversation import text_faults
+from utils.files import short_name, write_json
+from utils.outputs import check_writable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from utils.conversation import Turns
 
 QUIT = ("quit", "exit", "q")
+LONGEST_NAME = 255
+"""Bytes of a file name."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,27 +62,34 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Asks, or is asked; see the module's docstring."""
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
+    with plain_errors("demo.py"):
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Everything after the command line. What can be refused is refused first: it is quick, and loading a model is not."""
     from utils.image import read_image
 
-    try:
-        picture = read_image(options.image) if options.image else None  # first: it is quick, loading a model is not
-        demo = Demo(options)
-    except (OSError, ValueError) as error:  # CheckpointError is a ValueError
-        raise SystemExit(f"demo.py: {one_line(error)}") from error
-    if options.image and options.prompt:
-        for prompt in options.prompt:
-            try:
-                demo.ask(options.image, picture, prompt)
-            except ValueError as error:
-                raise SystemExit(f"demo.py: {one_line(error)}") from error
-        return 0
-    return chat(demo, options.image, picture, options.prompt or [])
+    prompts = [decoded(prompt) for prompt in options.prompt or []]
+    for prompt in prompts:
+        check_question(prompt, "--prompt: ")
+    image = read_image(options.image) if options.image else None
+    check_writable(Path(options.vis_save_path), "--vis_save_path")
+    check_max_new_tokens(options.version or DEFAULT_MODEL, options.max_new_tokens, options.vision_tower)
+    demo = Demo(options)
+    if image is None or not prompts:
+        return chat(demo, options.image, image, prompts)
+    for prompt in prompts:
+        demo.ask(options.image, image, prompt)
+    return 0
 
 
 def chat(demo: Demo, path: str | None, picture: np.ndarray | None, prompts: list[str]) -> int:
     """Reads pictures and questions until there are no more. An empty question goes on to the next picture."""
     from utils.image import read_image
 
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text end nothing; `check_question` names them
     print("An empty question asks for another picture; `quit` ends.")
     while True:
         while picture is None:
@@ -86,13 +98,14 @@ def chat(demo: Demo, path: str | None, picture: np.ndarray | None, prompts: list
                 return 0
             try:
                 picture = read_image(Path(path).expanduser())
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
                 print(one_line(error))
         demo.forget()
         while prompt := (prompts.pop(0) if prompts else listen("question> ")):
             try:
+                check_question(prompt)
                 demo.ask(path, picture, prompt)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 print(one_line(error))
         if prompt is None:
             return 0
@@ -102,11 +115,32 @@ def chat(demo: Demo, path: str | None, picture: np.ndarray | None, prompts: list
 def listen(prompt: str) -> str | None:
     """What was typed, stripped; None at the end of the input or on `quit`."""
     try:
-        text = input(prompt).strip()
-    except (EOFError, KeyboardInterrupt):
+        text = decoded(input(prompt)).strip()
+    except EOFError:
         print()
         return None
+    except KeyboardInterrupt:
+        print()
+        raise
     return None if text.lower() in QUIT else text
+
+
+def decoded(text: str) -> str:
+    """Text that was typed. Where the locale knows ASCII alone, other bytes come as halves of surrogate pairs: these are UTF-8."""
+    try:
+        return text.encode(sys.getfilesystemencoding(), "surrogateescape").decode("utf-8") if SURROGATE.search(text) else text
+    except UnicodeError:
+        return text
+
+
+def check_question(text: str, where: str = "") -> None:
+    """Refuses a question that is empty or holds a mark of the prompt format.
+
+    Raises:
+        ValueError: beginning with `where`.
+    """
+    if faults := text_faults(text):
+        raise ValueError(f"{where}the question {faults[0]}")
 
 
 class Demo:
@@ -133,13 +167,17 @@ class Demo:
         """Answers one question about a picture (H, W, 3) uint8 RGB; prints, writes, returns the folder written.
 
         Raises:
-            ValueError: the question contains a mark of the prompt format.
+            ValueError: the conversation is too long. OSError: the answer, which was printed, could not be written.
         """
         answer = self.answer(picture, prompt)
         if self.options.history:
             self.turns.append((prompt, answer.text))
         folder = new_folder(Path(self.options.vis_save_path), path, prompt)
-        record = self.write(folder, path, picture, prompt, answer)
+        try:
+            record = self.write(folder, path, picture, prompt, answer)
+        except OSError:  # a full disk, say: the answer itself is not lost
+            print(f"Say:     {answer.text}")
+            raise
         print_answer(record, folder)
         return folder
 
@@ -189,7 +227,7 @@ class Demo:
             "conv_type": self.predictor.conv_type,
             "sasp": dataclasses.asdict(self.predictor.model.config.sasp),
         }
-        (folder / "answer.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / "answer.json", record)
         return record
 
 
@@ -224,8 +262,8 @@ def new_folder(root: Path, image: str, prompt: str) -> Path:
     Two pictures of one name are told apart by the hash of their absolute paths, two answers by their number.
     """
     absolute = Path(image).expanduser().resolve()
-    digest = hashlib.sha1(str(absolute).encode()).hexdigest()[:8]
-    parent = root / f"{absolute.name}-{digest}"
+    digest = hashlib.sha1(str(absolute).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    parent = root / f"{short_name(absolute.name, LONGEST_NAME - 9)}-{digest}"
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "question"
     parent.mkdir(parents=True, exist_ok=True)
     taken = [int(m[1]) for entry in parent.iterdir() if (m := re.match(r"(\d+)-", entry.name))]

@@ -61,6 +61,8 @@ from benchmarks.random_read import (  # noqa: E402
     random_words,
 )
 from benchmarks.stopwatch import MODEL_PARTS, Stopwatch, hardware, watch_model  # noqa: E402
+from utils.cli import plain_errors  # noqa: E402
+from utils.files import write_text  # noqa: E402
 
 HEAD, REST = "vocabulary head", "rest"
 STAGES = (*MODEL_PARTS, HEAD, REST, "total")
@@ -326,7 +328,7 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):
-            (PROCESS / "clear_refs").write_text("5")
+            (PROCESS / "clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -382,17 +384,18 @@ def table(protocol: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@plain_errors("evaluation")
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     import torch
 
     from model import READForCausalLM, READProcessor, quantize_language_model
     from utils import distributed
-    from utils.cli import plain_errors, torch_dtype
+    from utils.cli import torch_dtype
     from utils.runlog import package_versions
 
     if options.size is None and (options.plan or options.bits):
-        raise SystemExit("evaluation: --plan and --bits are for random weights of a --size")
+        raise ValueError("--plan and --bits are for random weights of a --size")
     if options.plan:
         print(plan(options.size))
         return
@@ -401,34 +404,33 @@ def main(argv: list[str] | None = None) -> None:
     device = distributed.start(engine=False).device
     dtype = torch_dtype(options.precision, device.type == "cuda")
     results = {}
-    with plain_errors("evaluation"):
-        if options.original_expressions is not None and not 1 <= options.original_expressions <= options.expressions:
-            raise ValueError(
-                f"--original_expressions must be from 1 to --expressions {options.expressions}, "
-                f"found {options.original_expressions}"
-            )
-        if options.size:
-            model = random_model(options.size, dtype, device, options.attn_implementation)
-            if options.bits:
-                quantize_language_model(model, options.bits, device)
-        else:
-            model = READForCausalLM.from_pretrained(
-                options.version, dtype=dtype, attn_implementation=options.attn_implementation
-            )
-            model.requires_grad_(False).to(device)
-            processor = READProcessor.from_pretrained(options.version)
-        machine = hardware(device)
-        counts, tops = floors.count(model.config), floors.ceilings(device, dtype)
-        forget_peak(device)  # loading has a benchmark of its own, and ceilings take memory of their own
-        model.watch = Stopwatch(device)
-        watch_model(model.watch, model)
-        model.watch.watch(HEAD, model.llava.lm_head)
-        for protocol in options.protocols:
-            asked = (
-                random_pictures(options, model, protocol) if options.size else pictures(options, processor, protocol)
-            )
-            with model.recorded():  # as `utils.evaluate` does: on a GPU, decode steps are CUDA graphs
-                results[protocol] = measure(model, asked, protocol, options, counts, tops)
+    if options.original_expressions is not None and not 1 <= options.original_expressions <= options.expressions:
+        raise ValueError(
+            f"--original_expressions must be from 1 to --expressions {options.expressions}, "
+            f"found {options.original_expressions}"
+        )
+    if options.size:
+        model = random_model(options.size, dtype, device, options.attn_implementation)
+        if options.bits:
+            quantize_language_model(model, options.bits, device)
+    else:
+        model = READForCausalLM.from_pretrained(
+            options.version, dtype=dtype, attn_implementation=options.attn_implementation
+        )
+        model.requires_grad_(False).to(device)
+        processor = READProcessor.from_pretrained(options.version)
+    machine = hardware(device)
+    counts, tops = floors.count(model.config), floors.ceilings(device, dtype)
+    forget_peak(device)  # loading has a benchmark of its own, and ceilings take memory of their own
+    model.watch = Stopwatch(device)
+    watch_model(model.watch, model)
+    model.watch.watch(HEAD, model.llava.lm_head)
+    for protocol in options.protocols:
+        asked = (
+            random_pictures(options, model, protocol) if options.size else pictures(options, processor, protocol)
+        )
+        with model.recorded():  # as `utils.evaluate` does: on a GPU, decode steps are CUDA graphs
+            results[protocol] = measure(model, asked, protocol, options, counts, tops)
     peak = peak_memory(device)
     bits = f", blocks in {options.bits} bits" if options.bits else ""
     what = f"READ-{options.size}, random weights{bits}" if options.size else options.version
@@ -463,7 +465,7 @@ def main(argv: list[str] | None = None) -> None:
             "results": results,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(options.out, json.dumps(record, indent=1) + "\n")
         print(f"written: {options.out}")
 
 

@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from utils.cli import plain_errors  # noqa: E402
+
 ROWS = {
     "evaluation": ("evaluation", "evaluation_7b_gpu", "--size 7b --images 5 --warmup 3 --original_expressions 2"),
     "training": ("training_step", "training_step_7b_gpu", "--size 7b --steps 4"),
@@ -64,6 +66,7 @@ def run(name: str, out: Path) -> None:
     module.main([*arguments.split(), "--out", str(out / f"{result}.json")])
 
 
+@plain_errors("gpu")
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     for name in IMPORTS:

@@ -32,6 +32,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from utils.cli import plain_errors  # noqa: E402
+from utils.files import write_text  # noqa: E402
+
 SHARD = 2 * 10**9
 TOKENIZER = ROOT / "assets/read-mini-base"
 """Its vocabulary stands in for LLaMA's, whose files are not ours to ship; the rest has READ-7B's shapes."""
@@ -99,9 +102,10 @@ def write_checkpoint(folder: Path, layers: int, layout: str, device: str = "cpu"
             weight_map |= dict.fromkeys(shard, name)
             shard, size, number = {}, 0, number + 1
     assert any(key.startswith(VISION_TOWER) for key in weight_map)
-    (folder / f"{stem}.{layout}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / f"{stem}.{layout}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
     processor.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(released_config(config)))  # last: it says that the folder is whole
+    # Last: it says that the folder is whole.
+    (folder / "config.json").write_text(json.dumps(released_config(config)), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ a fresh process
@@ -109,7 +113,7 @@ def write_checkpoint(folder: Path, layers: int, layout: str, device: str = "cpu"
 
 def memory(name: str) -> int:
     """A field of /proc/self/status, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(name)
@@ -166,6 +170,7 @@ def child(way: str, folder: Path, device: str) -> dict[str, float]:
     }
 
 
+@plain_errors("loading")
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     if options.child:
@@ -207,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             "results": results,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(options.out, json.dumps(record, indent=1) + "\n")
         print(f"written: {options.out}")
 
 

@@ -44,6 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.stopwatch import Stopwatch, hardware  # noqa: E402
+from utils.cli import plain_errors  # noqa: E402
+from utils.files import write_text  # noqa: E402
 
 SIZES = {
     "mini": {"image_size": 256, "embed_dim": 144, "depth": 4, "num_heads": 4, "global_attn_indexes": (1, 3), "window_size": 8},
@@ -318,18 +320,18 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@plain_errors("sam_encoder")
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     import torch
 
     from utils import distributed
-    from utils.cli import plain_errors
     from utils.runlog import package_versions
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = distributed.start(engine=False).device
-    with plain_errors("sam_encoder"), torch.no_grad():
+    with torch.no_grad():
         machine = hardware(device)
         found = measure_all(device, options)
     flops = found["tflop_a_picture"]
@@ -350,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
             **found,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(_rounded(record), indent=1) + "\n")
+        write_text(options.out, json.dumps(_rounded(record), indent=1) + "\n")
         print(f"written: {options.out}")
 
 

@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.stopwatch import Stopwatch, hardware  # noqa: E402
+from utils.cli import plain_errors  # noqa: E402
+from utils.files import write_text  # noqa: E402
 
 GRID, CLIP_SIZE = 24, 336
 
@@ -122,6 +124,7 @@ def measure(size: tuple[int, int], options: argparse.Namespace, device: torch.de
     }
 
 
+@plain_errors("sasp")
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     import torch
@@ -159,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
             "results": results,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(options.out, json.dumps(record, indent=1) + "\n")
         print(f"written: {options.out}")
 
 

@@ -9,7 +9,6 @@ ReasonSeg val, answers forced. Prints mean and spread, and the difference of the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -18,14 +17,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils.cli import plain_errors  # noqa: E402
+from utils.files import read_object, write_json  # noqa: E402
+
 VARIANTS = {"SasP on": "--sasp", "SasP off": "--no-sasp"}
 SETS = ("refcoco|val", "ReasonSeg|val")
 
 
 def run(environment: dict[str, str], *command: str) -> None:
-    """One command of the project, as a user types it, with this interpreter first on the path."""
+    """One command of the project, as a user types it, with this interpreter first on the path.
+
+    Raises:
+        OSError: it failed, and said why.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PATH": path, **environment})
+    done = subprocess.run(command, cwd=ROOT, check=False, env={**os.environ, "PATH": path, **environment})
+    if done.returncode:
+        raise OSError(f"ended with status {done.returncode}: {' '.join(command)}")
 
 
 def measure(folder: Path, variant: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
@@ -40,12 +50,13 @@ def measure(folder: Path, variant: str, seed: int, options: argparse.Namespace) 
     run(own, "bash", "val_read.sh", str(folder / name / "merged"), "--dataset_dir", options.dataset_dir, "--data", *SETS,
         "--out", str(folder / name / "val"), switch)  # fmt: skip
     scores = {}
-    for result in json.loads((folder / name / "val/results.json").read_text())["results"]:
+    for result in read_object(folder / name / "val/results.json")["results"]:
         for score in ("ciou", "giou"):
             scores[f"{result['dataset']} {result['split']} {score}"] = 100 * result[score]
     return scores
 
 
+@plain_errors("sasp_ablation")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -57,7 +68,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = {v: [pool.submit(measure, options.out, v, seed, options) for seed in options.seeds] for v in VARIANTS}
         found = {v: [run.result() for run in runs] for v, runs in waiting.items()}
-    (options.out / "results.json").write_text(json.dumps({"steps": options.steps, "scores": found}, indent=2) + "\n")
+    write_json(options.out / "results.json", {"steps": options.steps, "scores": found})
     print(f"{options.steps} steps, seeds {options.seeds}: mean (lowest to highest)")
     for key in found["SasP on"][0]:
         cells = []

@@ -41,6 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.stopwatch import MODEL_PARTS, Stopwatch, hardware, watch_model  # noqa: E402
+from utils.cli import plain_errors  # noqa: E402
+from utils.files import write_text  # noqa: E402
 
 PARTS = ("data", *MODEL_PARTS, "losses, rest of forward", "backward", "optimiser", "total")
 COMPARED = (("SasP on", "SasP off"), ("SAM cached", "SasP on"))
@@ -160,6 +162,7 @@ def table(variants: dict[str, Times], compared: dict[str, Times]) -> str:
     return "\n".join(lines)
 
 
+@plain_errors("step_time")
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     import torch
@@ -167,7 +170,6 @@ def main(argv: list[str] | None = None) -> None:
     from model import get_preset
     from utils import distributed
     from utils.args import TrainArgs
-    from utils.cli import plain_errors
     from utils.runlog import package_versions
 
     if options.threads is not None:
@@ -181,12 +183,11 @@ def main(argv: list[str] | None = None) -> None:
         "no_eval": True,
         "steps_per_epoch": options.warmup + options.steps,
     }
-    with plain_errors("step_time"):
-        if options.steps < 1 or options.warmup < 0:
-            raise ValueError(f"--steps must be 1 or more and --warmup 0 or more, found {options.steps}, {options.warmup}")
-        args = TrainArgs.resolve(given, get_preset(options.preset))
-        machine = hardware(world.device)
-        found = measure(options, args, world)
+    if options.steps < 1 or options.warmup < 0:
+        raise ValueError(f"--steps must be 1 or more and --warmup 0 or more, found {options.steps}, {options.warmup}")
+    args = TrainArgs.resolve(given, get_preset(options.preset))
+    machine = hardware(world.device)
+    found = measure(options, args, world)
     seconds, compared = medians(found), ratios(found)
     kept = ("preset", "version", "dataset_dir", "precision", "batch_size", "num_classes_per_sample", "gradient_checkpointing",
             "lora_r", "seed")  # fmt: skip
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(seconds, compared))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(options.out, json.dumps(record, indent=1) + "\n")
         print(f"written: {options.out}")
 
 

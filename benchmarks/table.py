@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils.cli import plain_errors  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results"
 HEADLINES, ALL = ROOT / "docs/performance.md", ROOT / "benchmarks/README.md"
 BEGIN, END = "<!-- speeds: begin (benchmarks/table.py) -->", "<!-- speeds: end -->"
@@ -122,7 +126,7 @@ def table(headlines: bool) -> str:
     notes: list[str] = []
     for name, rows in KINDS.items():
         for file in sorted(RESULTS.glob(f"{name}.json")):
-            record = json.loads(file.read_text())
+            record = json.loads(file.read_text(encoding="utf-8"))
             place, words = _place(record["hardware"])
             for row in rows(record):
                 if headlines and not row.headline:
@@ -163,20 +167,21 @@ def _model(record: dict[str, Any]) -> str:
 
 def written(file: Path) -> str:
     """A document with the table between its marks replaced."""
-    before, _, rest = file.read_text().partition(BEGIN)
+    before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise SystemExit(f"table: {file} has no {BEGIN} ... {END}")
+        raise ValueError(f"{file} has no {BEGIN} ... {END}")
     return f"{before}{BEGIN}\n{table(headlines=file == HEADLINES)}\n{END}{after}"
 
 
+@plain_errors("table")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="puts them into both documents; without it all rows are printed")
     options = parser.parse_args(argv)
     if options.write:
         for file in (HEADLINES, ALL):
-            file.write_text(written(file))
+            file.write_text(written(file), encoding="utf-8")
     else:
         print(table(headlines=False))
 

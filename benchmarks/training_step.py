@@ -47,6 +47,8 @@ from benchmarks import floors  # noqa: E402
 from benchmarks.random_read import PICTURE, SIZES, random_beginning, random_model, random_views, random_words  # noqa: E402
 from benchmarks.step_time import PARTS, step  # noqa: E402
 from benchmarks.stopwatch import Stopwatch, hardware, watch_model  # noqa: E402
+from utils.cli import plain_errors  # noqa: E402
+from utils.files import write_text  # noqa: E402
 
 WAYS = {"original": (False, "eager"), "repeated": (False, "sdpa"), "shared": (True, "sdpa")}
 """(share_prefix, attention of the language model)."""
@@ -367,29 +369,29 @@ def table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@plain_errors("training_step")
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
     import torch
 
     from utils import distributed
-    from utils.cli import plain_errors, torch_dtype
+    from utils.cli import torch_dtype
     from utils.runlog import package_versions
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     world = distributed.start(engine=False)
     machine = hardware(world.device)
-    with plain_errors("training_step"):
-        if options.plan:
-            if not options.size:
-                raise ValueError("--plan counts the activations of a published size: name it with --size")
-            dtype, results = torch_dtype(options.precision or "bf16"), plan(options)
-        else:
-            dtype = torch_dtype(options.precision, world.device.type == "cuda")
-            model = build_model(options, dtype, world.device)
-            found = random_batches(options, model) if options.size else batches(options)
-            measured = Measured(model, found, options, world)
-            results = {name: measured.run(checkpointing) for name, checkpointing in CHECKPOINTING.items()}
+    if options.plan:
+        if not options.size:
+            raise ValueError("--plan counts the activations of a published size: name it with --size")
+        dtype, results = torch_dtype(options.precision or "bf16"), plan(options)
+    else:
+        dtype = torch_dtype(options.precision, world.device.type == "cuda")
+        model = build_model(options, dtype, world.device)
+        found = random_batches(options, model) if options.size else batches(options)
+        measured = Measured(model, found, options, world)
+        results = {name: measured.run(checkpointing) for name, checkpointing in CHECKPOINTING.items()}
     what = f"READ-{options.size}, random weights" if options.size else options.version
     where = "counted on the meta device" if options.plan else (
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, load {machine['load']}"
@@ -416,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
             "results": results,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(options.out, json.dumps(record, indent=1) + "\n")
         print(f"written: {options.out}")
 
 

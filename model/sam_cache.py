@@ -148,7 +148,8 @@ class SamFeatureCache:
         except OSError as error:
             self._writes = False
             log.warning("no more SAM features are put into %s, since that failed: %s", self.folder, error)
-            with contextlib.suppress(OSError):
+        finally:
+            with contextlib.suppress(OSError):  # there is nothing to delete where all went well
                 partial.unlink()
 
 

@@ -192,7 +192,7 @@ def build_tokenizer(folder: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / "corpus.txt"
-    with corpus.open("w") as file:
+    with corpus.open("w", encoding="utf-8") as file:
         for _ in range(3000):
             scene = world.make_scene(rng, "train")
             for question, answer in dialogue(scene, rng, Talk(turns=8))[0]:
@@ -433,7 +433,7 @@ def train(args: argparse.Namespace) -> None:
     )  # of the clip stage, thrown away after it
     trained = [p for p in [*model.parameters(), *heads.parameters()] if p.requires_grad]
     optimizers = build_optimizers({n: p for n, p in [*model.named_parameters(), *heads.named_parameters()] if p.requires_grad})
-    log = (args.out / f"{args.stage}.jsonl").open("a")
+    log = (args.out / f"{args.stage}.jsonl").open("a", encoding="utf-8")
     start, step, sums, last_save = time.time(), 0, {}, time.time()
     while (progress := distributed.from_main((time.time() - start) / (60 * args.minutes), peers.device)) < 1:
         rate = args.lr * min(1, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * progress)) * 0.98 + 0.02)
@@ -502,10 +502,10 @@ def export(args: argparse.Namespace) -> None:
         model.load_state_dict({name: (tensor + other[name]) / 2 for name, tensor in model.state_dict().items()})
     model.config.loss = get_preset("mini").loss
     model.half().save_pretrained(args.to, processor=processor)
-    with (args.to / "curve.jsonl").open("w") as curve:
+    with (args.to / "curve.jsonl").open("w", encoding="utf-8") as curve:
         for stage in STAGE_PREFIXES:
             file = args.out / f"{stage}.jsonl"
-            for line in file.read_text().splitlines() if file.is_file() else ():
+            for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
                 curve.write(json.dumps({"stage": stage} | json.loads(line)) + "\n")
     print(f"wrote {args.to}: {sum(f.stat().st_size for f in Path(args.to).iterdir()) / 1e6:.1f} MB")
 

@@ -312,7 +312,7 @@ def test_generated_answers_are_those_of_the_evaluation(
     evaluate(
         *tiny, free, protocol="generate", max_new_tokens=12, predictions_path=tmp_path / "p.jsonl", progress=False
     )  # fmt: skip
-    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(records) == len(found.rows) and {record["num_seg"] > 0 for record in records} == {True, False}
     for row, record in zip(found.rows, records, strict=True):
         assert (row.answer, row.num_seg) == (record["answer"], record["num_seg"])
@@ -371,8 +371,8 @@ def report(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     root = tmp_path_factory.mktemp("hostile")
     write_reason_seg(root, {"val": 3})
     file = root / "reason_seg/ReasonSeg/val/0.json"
-    record = json.loads(file.read_text())
-    file.write_text(json.dumps(record | {"text": [HOSTILE], "is_sentence": True}))
+    record = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(record | {"text": [HOSTILE], "is_sentence": True}), encoding="utf-8")
     out, sheet = root / "report", root / "sheet.png"
     more = ("--layers", "all", "--sweep", "--cards", "2", "--figure", str(sheet), "--sam", str(folder.with_name("sam.pth")))
     with pytest.MonkeyPatch.context() as patch:
@@ -386,7 +386,7 @@ def report(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_the_page_holds_every_card_and_nothing_hostile(report: tuple[Path, Path]) -> None:
     """It parses; every expression has its card or row, every picture its file, words and lazy loading; text stays text."""
     out, _ = report
-    text = (out / "index.html").read_text()
+    text = (out / "index.html").read_text(encoding="utf-8")
     found = Page(text)
     cards = [attrs for attrs in found.all("article") if attrs.get("class") == "card"]
     assert [card["id"] for card in cards] == ["e1", "e2"]
@@ -427,28 +427,36 @@ def test_the_tables_hold_what_was_measured(report: tuple[Path, Path]) -> None:
         assert one["s_iou_clip"] == other["s_iou_clip"]
         assert 0 <= float(one["s_iou_llava"]) <= 1 and one["peak_llava"] in "01"
     for name in ("summary", "thresholds", "layers", "sweep"):
-        assert {row["model"] for row in csv.DictReader((out / f"{name}.csv").open())} == {"tiny", "tiny:no-sasp"}
-    thresholds = [row for row in csv.DictReader((out / "thresholds.csv").open()) if row["model"] == "tiny"]
+        assert {row["model"] for row in csv.DictReader((out / f"{name}.csv").open(encoding="utf-8"))} == {"tiny", "tiny:no-sasp"}
+    thresholds = [row for row in csv.DictReader((out / "thresholds.csv").open(encoding="utf-8")) if row["model"] == "tiny"]
     (half,) = [row for row in thresholds if row["map"] == "llava" and float(row["t"]) == 0.5]
     assert float(half["s_iou"]) == pytest.approx(np.mean([float(row["s_iou_llava"]) for row in rows[:3]]), abs=1e-5)
     from PIL import Image
 
     with Image.open(sheet) as picture:
         assert picture.width > 500 and picture.getcolors(256) is not None
-    record = json.loads((out / "analysis.json").read_text())
+    record = json.loads((out / "analysis.json").read_text(encoding="utf-8"))
     assert record["models"]["tiny:no-sasp"]["sasp"]["enabled"] is False and record["protocol"] == "forced"
 
 
 def test_one_report_replaces_another_but_nothing_else(folder: Path, data: Path, tmp_path: Path) -> None:
-    """A second run leaves no picture of the first; a folder of something else is left alone."""
+    """A second run leaves no image of the first and keeps what the user put there; another folder is left alone."""
     out = tmp_path / "out"
     assert command.main(line(folder, data, out, "--limit", "2")) == 0
     assert len(list((out / "pictures").glob("ReasonSeg-val_*.jpg"))) == 2 * 8
+    mine = ("mine.png", "layers_mine.png", "notes.md", "pictures/mine.jpg", "pictures/mine/ReasonSeg.jpg")
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(name, encoding="utf-8")
     assert command.main(line(folder, data, out, "--limit", "1")) == 0
     assert len(list((out / "pictures").glob("ReasonSeg-val_*.jpg"))) == 8 and not (out / "sweep.csv").exists()
+    assert all((out / name).read_text(encoding="utf-8") == name for name in mine)
+    with pytest.raises(SystemExit, match="nowhere"):
+        command.main(line(folder, data, out, "--limit", "1", "--version", str(tmp_path / "nowhere")))
+    assert len(list((out / "pictures").glob("ReasonSeg-val_*.jpg"))) == 8, "a report that fails replaces none"
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("a")
-    with pytest.raises(SystemExit, match="not empty"):
+    (tmp_path / "mine" / "thesis.txt").write_text("a", encoding="utf-8")
+    with pytest.raises(SystemExit, match="did not write"):
         command.main(line(folder, data, tmp_path / "mine"))
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 

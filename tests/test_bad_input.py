@@ -399,7 +399,10 @@ def test_shapes_of_the_smallest_picture():
 # ------------------------------------------------------------------------------------------------ the refer family
 
 
-def refer(root, segmentation=((3.0, 2, 9, 2, 9, 8, 3, 8),), ann_id=5, sentences=({"sent": "cup", "sent_id": 1},), size=(24, 32)):
+CUP = ({"sent": "cup", "sent_id": 1},)
+
+
+def refer(root, segmentation=((3.0, 2, 9, 2, 9, 8, 3, 8),), ann_id=5, sentences=CUP, size=(24, 32)):
     """refcoco with two pictures in val, the first of which is given, and one in train."""
     folder, images = root / "refer_seg/refcoco", root / "refer_seg/images/mscoco/images/train2014"
     folder.mkdir(parents=True, exist_ok=True), images.mkdir(parents=True, exist_ok=True)

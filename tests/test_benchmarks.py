@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = sorted(file for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text())
+SCRIPTS = sorted(file for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("file", ["docs/performance.md", "benchmarks/README.md"])
@@ -18,7 +18,7 @@ def test_the_documents_show_what_was_measured(file):
     """`python benchmarks/table.py --write` was run after the last benchmark."""
     from benchmarks.table import written
 
-    assert written(ROOT / file) == (ROOT / file).read_text()
+    assert written(ROOT / file) == (ROOT / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.stem)
@@ -240,7 +240,7 @@ def test_a_baseline_of_some_expressions(small_ceilings, clocks_off_afterwards, d
         ["--dataset_dir", str(data), "--images", "1", "--warmup", "0", "--expressions", "4", "--original_expressions", "2",
          "--chunk", "3", "--precision", "fp32", "--out", str(out)]
     )  # fmt: skip
-    printed, record = capsys.readouterr().out, json.loads(out.read_text())
+    printed, record = capsys.readouterr().out, json.loads(out.read_text(encoding="utf-8"))
     assert "ran 2 of the 4 expressions" in printed and "of floor" in printed and "TFLOP/s in a product" in printed
     assert record["original_expressions"] == 2 and set(record["ceilings"]) == {"tflops", "gb_per_second"}
     found = record["results"]["generate"]
@@ -323,7 +323,7 @@ def test_a_training_step_beside_its_floor(small_ceilings, clocks_off_afterwards,
         ["--dataset_dir", str(data), "--pictures", "1", "--conversations", "2", "--steps", "1", "--warmup", "0",
          "--ways", "shared", "--precision", "fp32", "--out", str(out)]
     )  # fmt: skip
-    record = json.loads(out.read_text())
+    record = json.loads(out.read_text(encoding="utf-8"))
     assert "of floor" in capsys.readouterr().out and set(record["ceilings"]) == {"tflops", "gb_per_second"}
     without, saved = (result["floor_seconds"] for result in record["results"].values())
     assert saved["backward"] > without["backward"] and saved["language model"] == without["language model"]

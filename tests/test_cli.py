@@ -8,15 +8,20 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from conftest import pytest_terminal_summary
 
 from utils.args import REMOVED, TrainArgs, parse_flags
+from utils.cli import check_max_new_tokens
+from utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.sh"))
@@ -67,7 +72,7 @@ def through_script(words: list[str]) -> list[str]:
     """`bash x.sh A --b c` as the command that x.sh runs: its live command with its parameters filled in."""
     for i, word in enumerate(words):
         if word.endswith(".sh") and (ROOT / word).is_file():
-            names = dict(re.findall(r"^(\w+)=\$\{(\d)", (ROOT / word).read_text(), flags=re.MULTILINE))
+            names = dict(re.findall(r"^(\w+)=\$\{(\d)", (ROOT / word).read_text(encoding="utf-8"), flags=re.MULTILINE))
             given = words[i + 1 :]
             return [part for token in live_command(ROOT / word) for part in _fill(token, given, names)]
     return words
@@ -87,7 +92,7 @@ def _fill(token: str, given: list[str], names: dict[str, str]) -> list[str]:
 
 def live_command(script: Path) -> list[str]:
     """Words of the last command of a script, the one that runs Python."""
-    text = re.sub(r"\\\n\s*", " ", script.read_text())
+    text = re.sub(r"\\\n\s*", " ", script.read_text(encoding="utf-8"))
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     return shlex.split([line for line in lines if any(entry in line for entry in ENTRIES)][-1])
 
@@ -123,7 +128,7 @@ def shown_commands() -> list[tuple[str, list[str]]]:
 def test_script_is_sound(script: Path) -> None:
     """Usage in the first lines, strict mode, valid bash."""
     subprocess.run(["bash", "-n", str(script)], check=True)
-    lines = script.read_text().splitlines()
+    lines = script.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert lines[1].startswith("# ")
     assert "set -euo pipefail" in lines
@@ -132,7 +137,7 @@ def test_script_is_sound(script: Path) -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_script_has_one_live_command_and_passes_arguments_on(script: Path) -> None:
     """The original overwrote its own arguments and kept whole commands as comments."""
-    text = script.read_text()
+    text = script.read_text(encoding="utf-8")
     live = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     assert sum(any(entry in line for entry in ENTRIES) for line in live) == 1
     assert '"$@"' in text or '"${@:' in text
@@ -141,7 +146,8 @@ def test_script_has_one_live_command_and_passes_arguments_on(script: Path) -> No
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_command_of_script_parses(script: Path) -> None:
     """Every flag that a script types is one of the entry it runs, with a value it takes."""
-    positional = ["RUN", "OUT"] if "$2" in script.read_text() or "${2" in script.read_text() else ["NAME"]
+    text = script.read_text(encoding="utf-8")
+    positional = ["RUN", "OUT"] if "$2" in text or "${2" in text else ["NAME"]
     entry, words = entry_of(through_script([script.name, *positional]))
     parse(entry, [word for word in words if "$" not in word])
 
@@ -162,7 +168,7 @@ LAUNCHER = "-m deepspeed.launcher.runner --master_port 29500"
 def test_train_script_starts_one_process_or_many(tmp_path: Path, given: dict[str, str], launched: str) -> None:
     """What train_read.sh runs, with a python in its way that only repeats it."""
     stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES:+on $CUDA_VISIBLE_DEVICES: }$*"\n')
+    stub.write_text('#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES:+on $CUDA_VISIBLE_DEVICES: }$*"\n', encoding="utf-8")
     stub.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", **given}
     done = subprocess.run(
@@ -253,7 +259,7 @@ def test_settings_survive_the_round_trip_through_json(tmp_path: Path) -> None:
     args = TrainArgs(lora_r=64, sasp=False, t_pos=0.6, time_limit_s=12.5, exp_name="x")
     args.save(tmp_path / "config.json", command=["train_read.py"])
     assert TrainArgs.load(tmp_path) == args
-    assert json.loads((tmp_path / "config.json").read_text())["command"] == ["train_read.py"]
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["command"] == ["train_read.py"]
     with pytest.raises(FileNotFoundError, match="not a training run"):
         TrainArgs.load(tmp_path / "elsewhere")
 
@@ -278,3 +284,89 @@ def test_help_is_quick(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ CI
+
+
+def ci(tmp_path: Path, *there: str, user: int = 0, apt: str = "exit 0") -> tuple[subprocess.CompletedProcess, list[str]]:
+    """(how .ci/run ended, what it called) where only some commands exist; `apt` is what apt-get does."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("dirname", "bash"):
+        (tools / name).symlink_to(shutil.which(name))
+    scripts = {"id": f"echo {user}", "timeout": 'shift; exec "$@"', "make": "exit 0", "apt-get": apt}
+    scripts |= dict.fromkeys(there, "exit 0")
+    for name, does in scripts.items():
+        log = f'echo "{name} $*" >> {tmp_path}/called\n' if name in ("make", "apt-get") else ""
+        (tools / name).write_text(f"#!{shutil.which('bash')}\n{log}{does}\n", encoding="utf-8")
+        (tools / name).chmod(0o755)
+    done = subprocess.run([ROOT / ".ci/run"], env={"PATH": str(tools)}, capture_output=True, text=True, check=False)
+    called = [re.sub(r" -o \S+", "", line) for line in (tmp_path / "called").read_text(encoding="utf-8").splitlines()]
+    return done, called
+
+
+UPDATE, INSTALL, TEST = "apt-get -qq update", "apt-get -qq install -y --no-install-recommends chromium", "make test"
+
+
+def test_ci_installs_a_browser_where_there_is_none(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    apt = f"[[ $* != *install* ]] || {shutil.which('cp')} {tools}/make {tools}/chromium"
+    done, called = ci(tmp_path, apt=apt)
+    assert called == [UPDATE, INSTALL, TEST] and (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("apt, tried", [("exit 100", [UPDATE]), ("[[ $* == *update* ]]", [UPDATE, INSTALL])])
+def test_ci_goes_on_without_a_browser_and_says_so(tmp_path: Path, apt: str, tried: list[str]) -> None:
+    done, called = ci(tmp_path, apt=apt)
+    assert called == [*tried, TEST] and done.returncode == 0
+    assert done.stderr == "Chromium could not be installed: the tests that open the page in a browser are skipped\n"
+
+
+@pytest.mark.parametrize("there, user", [(["chromium"], 0), (["google-chrome"], 0), ([], 1000)])
+def test_ci_leaves_the_machine_alone(tmp_path: Path, there: list[str], user: int) -> None:
+    done, called = ci(tmp_path, *there, user=user)
+    assert called == [TEST] and done.returncode == 0
+
+
+def test_skipped_tests_are_counted_by_reason(tmp_path: Path) -> None:
+    lines: list[str] = []
+    reports = [SimpleNamespace(longrepr=("a.py", 1, f"Skipped: {why}")) for why in ("no GPU", "no Chromium", "no GPU")]
+    pytest_terminal_summary(SimpleNamespace(stats={"skipped": reports}, write_line=lines.append))
+    pytest_terminal_summary(SimpleNamespace(stats={}, write_line=lines.append))
+    assert lines == ["2 skipped: no GPU", "1 skipped: no Chromium"]
+
+
+# ------------------------------------------------------------------------------------------------ answers that cannot fit
+
+
+def in_our_layout(folder: Path) -> Path:
+    """A checkpoint folder with nothing but its config: 2048 positions, 24 x 24 image tokens."""
+    text = {"max_position_embeddings": 2048}
+    write_json(folder / "config.json", {"llava": {"text_config": text, "vision_config": {"image_size": 336, "patch_size": 14}}})
+    return folder
+
+
+def in_released_layout(folder: Path) -> Path:
+    """The same in the original's layout, with the CLIP tower's folder beside it."""
+    (folder / "clip").mkdir()
+    write_json(folder / "config.json", {"mm_vision_tower": str(folder / "clip"), "max_position_embeddings": 2048})
+    write_json(folder / "clip/config.json", {"vision_config": {"image_size": 336, "patch_size": 14}})
+    return folder
+
+
+@pytest.mark.parametrize("layout", [in_our_layout, in_released_layout])
+@pytest.mark.parametrize("tokens", [2048 - 576, 5000, 0, -3, 10**12])
+def test_answers_beyond_the_positions_are_refused_from_the_config(tmp_path: Path, layout: Callable, tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"--max_new_tokens.*{tokens}"):
+        check_max_new_tokens(str(layout(tmp_path)), tokens)
+    check_max_new_tokens(str(tmp_path), 2048 - 576 - 1)
+
+
+@pytest.mark.parametrize("positions", [None, "2048", [], float("nan"), True])
+def test_a_config_without_usable_sizes_is_left_to_loading(tmp_path: Path, positions: object) -> None:
+    folder = tmp_path
+    (folder / "config.json").write_text(
+        json.dumps({"llava": {"text_config": {"max_position_embeddings": positions}, "vision_config": {}}}), encoding="utf-8"
+    )
+    check_max_new_tokens(str(folder), 10**6)

@@ -23,7 +23,7 @@ def records(steps: int, scale: float = 1.0) -> list[dict]:
 
 def write(folder: Path, entries: list[dict]) -> Path:
     folder.mkdir()
-    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     return folder
 
 
@@ -76,21 +76,53 @@ def test_the_command_writes_a_picture(tmp_path, capsys):
 
 def test_a_log_being_written_is_read_to_its_last_whole_line(tmp_path):
     run = write(tmp_path / "run", [{"kind": "other", "step": 1}, *records(2)])
-    with (run / "log.jsonl").open("a") as file:
+    with (run / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"kind": "train", "st')
     assert read_log(run) == records(2)
 
 
 @pytest.mark.parametrize(
     "text, message",
-    [(None, "has no log.jsonl"), ("", "no record"), ('{"kind": "test", "step": 1}\n', "no record"), ("{\n{}\n", "line 1")],
-)
+    [
+        (None, "has no log.jsonl"), ("", "no record"), ('{"kind": "test", "step": 1}\n', "no record"), ("\n \n", "is empty"),
+        ("{\n{}\n", "line 1 is no JSON"), ("[]\n{}\n", "line 1: must be a JSON object"), ("null\n", "line 1: must be a JSON"),
+        ("[" * 100_000 + "\n{}\n", "line 1 is no usable JSON"), ("\0\0\0\n{}\n", "line 1 is no JSON"),
+        *((json.dumps({"kind": "train", "step": 1, "loss": 1.0} | wrong) + "\n", f"line 1, field {field}: must be")
+          for field, values in (("step", (None, "1", -1, 1.5, True, [])), ("loss", ("1", [1], {}, True, 10**400)))
+          for wrong in ({field: value} for value in values)),
+        ('{"kind": "val", "giou": 0.5}\n', "line 1, field step"), ('{"kind": "val", "step": 1, "giou": "a"}\n', "field giou"),
+        ("<html>not found</html>", "is a web page"), ("caf\u00e9".encode("latin-1"), "line 1: is no UTF-8"),
+        ("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)  # fmt: skip
 def test_errors_are_one_line(tmp_path, text, message):
     if text is not None:
-        (tmp_path / "log.jsonl").write_text(text)
+        (tmp_path / "log.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit, match=message) as error:
         main([str(tmp_path)])
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and error.value.code == 2 and not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", float("nan"), float("inf"), 0, 1e308, None])
+def test_every_value_that_training_logs_is_drawn(tmp_path, value):
+    run = write(tmp_path / "run", [{"kind": "train", "step": 1, "loss": value}, {"kind": "val", "step": 1, "giou": 0.5}])
+    assert main([str(run)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--out", "{}/x.jsonl"], "must end in one of .*.png"), (["--out", "{}"], "is a folder: --out takes"),
+        (["{}"], "named twice"), (["{}/log.jsonl"], "has no log"),
+        (["--out", "{}/log.jsonl/x.png"], "Not a directory|File exists"),
+    ],
+)  # fmt: skip
+def test_odd_arguments_are_one_line(tmp_path, more, words):
+    run = write(tmp_path / "run", records(2))
+    with pytest.raises(SystemExit, match=words) as error:
+        main([str(run), *(part.format(run) for part in more)])
+    assert error.value.code == 2 and [path.name for path in run.iterdir()] == ["log.jsonl"]
 
 
 def test_more_runs_than_kinds_of_line_are_refused():

@@ -114,6 +114,16 @@ def _change_the_shape(file: Path) -> None:
     save_file({**entry, "features": entry["features"].flatten()}, file)
 
 
+def _put_code(file: Path) -> None:
+    """What a reader of pickles would run."""
+
+    class Harm:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(file.parents[2] / "harm"),))
+
+    torch.save({"features": Harm()}, file)
+
+
 def _put_another_picture(file: Path) -> None:
     model = tiny_read().requires_grad_(False)
     model.cache_sam_features(file.parents[2])
@@ -124,10 +134,10 @@ def _put_another_picture(file: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [_truncate, _flip_a_bit, _change_the_dtype, _change_the_shape, _put_another_picture,
-     lambda file: file.write_bytes(b""), lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"),
+    [_truncate, _flip_a_bit, _change_the_dtype, _change_the_shape, _put_another_picture, _put_code,
+     lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
      lambda file: save_file({"x": torch.zeros(1)}, file)],
-    ids=["truncated", "bit flipped", "dtype", "shape", "other picture", "empty", "text", "other tensors"],
+    ids=["truncated", "bit flipped", "dtype", "shape", "other picture", "code", "empty", "text", "other tensors"],
 )  # fmt: skip
 def test_a_damaged_entry_is_computed_and_repaired(tmp_path, damage):
     model, image = frozen_read(tmp_path), pictures(1)
@@ -139,10 +149,35 @@ def test_a_damaged_entry_is_computed_and_repaired(tmp_path, damage):
     assert torch.equal(model.encode_sam_image(image), good) and counts(model) == (0, 2, 1)
     assert file.read_bytes() == content
     assert torch.equal(model.encode_sam_image(image), good) and counts(model) == (1, 2, 1)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_two_processes_may_write_one_entry(tmp_path, monkeypatch):
+    one, other, image = frozen_read(tmp_path), frozen_read(tmp_path), pictures(1)
+    replace = os.replace
+
+    def while_the_other_writes(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        assert torch.equal(other.encode_sam_image(image), good)
+        replace(source, target)
+
+    good = tiny_read().encode_sam_image(image)
+    monkeypatch.setattr(os, "replace", while_the_other_writes)
+    assert torch.equal(one.encode_sam_image(image), good)
+    assert len(entries(tmp_path)) == 1 and counts(one) == counts(other) == (0, 1, 0)
+    assert torch.equal(one.encode_sam_image(image), good) and counts(one) == (1, 1, 0)
+
+
+def test_a_stop_while_an_entry_is_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    model = frozen_read(tmp_path)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.encode_sam_image(pictures(1))
+    assert entries(tmp_path) == []
 
 
 def test_a_file_in_place_of_the_folder_ends_nothing(tmp_path, caplog):
-    (tmp_path / "cache").write_text("not a folder")
+    (tmp_path / "cache").write_text("not a folder", encoding="utf-8")
     model, image = frozen_read(tmp_path / "cache"), pictures(1)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

@@ -22,6 +22,7 @@ from train_read import check_finite
 from utils import merge_lora as merge
 from utils.args import TrainArgs
 from utils.engine import deepspeed_config
+from utils.outputs import OutputFolder
 from utils.runlog import Averages
 
 
@@ -103,16 +104,16 @@ def test_merged_model_answers_as_the_trained_one(run: Path, tmp_path: Path) -> N
         merge_lora(merged)
     assert READProcessor.from_pretrained(out).sam_image_size == merged.config.sam.image_size
 
-    with pytest.raises(SystemExit, match="a model already"):
+    with pytest.raises(SystemExit, match="earlier result.*--overwrite"):
         merge.main([str(run), str(out)])
     merge.main([str(run), str(out), "--overwrite", "--dtype", "bf16"])
     assert READForCausalLM.from_pretrained(out, dtype=torch.bfloat16).dtype == torch.bfloat16
     half = tmp_path / "half"
     half.mkdir()
     (half / "config.json").write_text("{}")
-    with pytest.raises(SystemExit, match="no complete model"):
+    with pytest.raises(SystemExit, match="did not write"):
         merge.main([str(run), str(half)])
-    with pytest.raises(SystemExit, match="which is merged from"):
+    with pytest.raises(SystemExit, match="which RUN reads"):
         merge.main([str(run), str(run), "--overwrite"])
     with pytest.raises(SystemExit, match="step9.*there are: .*step4"):
         merge.main([str(run), str(tmp_path / "new"), "--tag", "step9"])
@@ -129,6 +130,7 @@ def test_shards_are_deleted_only_when_asked_and_all_went_well(run: Path, tmp_pat
         merge.main([str(copy), str(tmp_path / "out"), "--delete_shards"])
     assert (copy / "ckpt_model" / "latest").is_file() and not (tmp_path / "out").exists()
     (copy / "config.json").write_text((run / "config.json").read_text())
+    OutputFolder(copy, "train").mark()
     merge.main([str(copy), str(tmp_path / "out"), "--delete_shards"])
     assert not (copy / "ckpt_model").exists()
     assert READForCausalLM.from_pretrained(tmp_path / "out").config.sasp.num_points == 5

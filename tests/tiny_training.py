@@ -31,7 +31,7 @@ def write_reason_seg(root: Path, splits: dict[str, int]) -> None:
                 "shapes": [{"label": "target", "points": corners}],
                 "false_premise_QA": [["a green dog", False, "There is no dog here."]],
             }
-            (folder / f"{i}.json").write_text(json.dumps(record))
+            (folder / f"{i}.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def flags(data: Path, runs: Path, name: str, **changed: object) -> list[str]:
@@ -48,5 +48,5 @@ def flags(data: Path, runs: Path, name: str, **changed: object) -> list[str]:
 
 def records(run: Path, kind: str) -> list[dict]:
     """What a run logged of one kind."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["kind"] == kind]

@@ -102,6 +102,39 @@ def load_model(options: argparse.Namespace, device: Any) -> tuple[READForCausalL
     return model.requires_grad_(False).to(device), processor
 
 
+def check_max_new_tokens(version: str, max_new_tokens: int, vision_tower: str | None = None) -> None:
+    """Refuses answers for which the language model has no positions, from the checkpoint's config.json, before its weights load.
+
+    A config that does not say its sizes passes: loading names what is wrong with it.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        ValueError: `max_new_tokens` is no whole number from 1 to the positions that the image leaves.
+    """
+    from model.checkpoint import resolve_folder, tower_of
+    from utils.files import read_object, whole_number
+
+    whole_number(max_new_tokens, "--max_new_tokens")
+    folder = resolve_folder(version)
+    try:
+        fields = read_object(folder / "config.json")
+        text, vision = fields, {}
+        if isinstance(llava := fields.get("llava"), dict):
+            text, vision = llava["text_config"], llava["vision_config"]
+        positions = whole_number(text.get("max_position_embeddings", 2048), "")  # LLaMA's number where the config has none
+        if vision_tower or not vision:
+            tower = read_object(tower_of(folder, vision_tower) / "config.json")
+            vision = tower.get("vision_config", tower)
+        patches = (whole_number(vision["image_size"], "") // whole_number(vision["patch_size"], "")) ** 2
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if max_new_tokens >= positions - patches:
+        raise ValueError(
+            f"--max_new_tokens {max_new_tokens} is too long for {version}, which has {positions} positions: the image takes "
+            f"{patches} of them, the question some; give fewer than {positions - patches}"
+        )
+
+
 def torch_dtype(precision: str | None, on_gpu: bool = False) -> Any:
     """The dtype that --precision means; unless it is given, bf16 on a GPU and fp32 without."""
     import torch
@@ -153,5 +186,6 @@ def one_line(error: BaseException, limit: int = 600) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"  # not "[Errno 28] ..."
     else:
-        text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = "; ".join(lines).replace(":; ", ": ") or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]} ... (READ_DEBUG=1 shows all)"

@@ -14,6 +14,7 @@ Writing: a file appears under its name only when it is whole, always in UTF-8 wh
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -196,6 +197,17 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def short_name(text: str, limit: int = 120) -> str:
+    """A part of a file name of at most `limit` bytes; a longer text is cut and ends in a hash of the whole.
+
+    Names of files have at most 255 bytes. A Chinese character takes 3 of them.
+    """
+    data = text.encode("utf-8", "surrogatepass")
+    if len(data) <= limit:
+        return text
+    return f"{data[: limit - 9].decode('utf-8', 'ignore')}-{hashlib.sha256(data).hexdigest()[:8]}"
 
 
 def write_text(path: str | Path, text: str) -> None:

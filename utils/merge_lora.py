@@ -5,7 +5,8 @@ was trained from; LoRA is folded in; OUT receives weights, config, tokenizer, pr
 and so stands on its own, here and on the hub (in the layout `released` without card and CLIP tower). Base, LoRA rank, alpha
 and targets come from RUN/config.json; a base whose weights are no longer those is refused. Where the run kept its base in 4
 or 8 bits, LoRA is folded into the rounded weights, those that it was trained on. The shards stay, unless --delete_shards
-asks otherwise and the folder just written has been loaded again.
+asks otherwise and the folder just written has been loaded again. OUT is written beside and then renamed; --overwrite
+replaces the result of an earlier merge, never anything else.
 
 With --layout adapter nothing is merged: OUT becomes a PEFT adapter, small, that `peft` loads onto the base.
 
@@ -19,14 +20,15 @@ import contextlib
 import io
 import json
 import logging
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.args import TrainArgs
 from utils.cli import plain_errors, torch_dtype
+from utils.files import write_json, write_text
 from utils.model_card import CARD, MERGED_FROM, model_card
+from utils.outputs import MARKER, NotOursError, OutputFolder, remove
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +37,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("utils.merge_lora")  # __name__ is __main__ here
 
+SHARDS = "ckpt_model"
+"""The folder of DeepSpeed's checkpoints in a run."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m utils.merge_lora", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a training run (config.json, ckpt_model)")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--tag", default="best", help="checkpoint: best, last, or a folder name of RUN/ckpt_model")
     parser.add_argument("--fp32", type=Path, help="weights converted by zero_to_fp32.py (file, or folder of shards)")
     parser.add_argument(
@@ -50,10 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--layout", choices=("read", "released", "adapter"), default="read",
         help="ours, the original's, or a PEFT adapter of what was trained",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace OUT")
+    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace an earlier result")
     parser.add_argument(
         "--delete_shards", action=argparse.BooleanOptionalAction, default=False,
-        help="delete RUN/ckpt_model once OUT has been written and loaded again",
+        help="delete the checkpoints in RUN/ckpt_model once OUT has been written and loaded again",
     )  # fmt: skip
     return parser
 
@@ -74,56 +79,100 @@ def merge(options: argparse.Namespace) -> None:
     args = load_run(options.run)
     if options.layout == "adapter" and args.lora_r == 0:
         raise ValueError(f"{options.run} trained the whole language model, which is no adapter: merge it into a model")
-    check_out(options.out, options.overwrite, needed=[options.run, Path(args.version), options.fp32])
+    out = output_folder(options, args)
+    out.check(options.overwrite)
 
     import torch
 
     from model import READForCausalLM, READProcessor, merge_lora, save_adapter
     from model.checkpoint import check_base
 
-    source = options.fp32 or checkpoint_folder(options.run, options.tag)
-    trained = read_fp32(options.fp32) if options.fp32 else read_shards(source)
-    check_base(options.run, args)
-    model = build_trained_model(args, trained)
-    dtype = torch_dtype(options.dtype or args.precision)
-    if args.lora_r > 0 and options.layout != "adapter":
-        merge_lora(model)
-    model.to(dtype)
+    deletes = options.delete_shards and may_delete_shards(options)
+    # The lock keeps a training from going on from shards that are about to be deleted.
+    with OutputFolder(options.run, "train").lock() if deletes else contextlib.nullcontext():
+        source = options.fp32 or checkpoint_folder(options.run, options.tag)
+        with out.replacement() as new:  # first, so that a place which cannot be written is known before minutes of loading
+            trained = read_fp32(options.fp32) if options.fp32 else read_shards(source)
+            check_base(options.run, args)
+            model = build_trained_model(args, trained)
+            dtype = torch_dtype(options.dtype or args.precision)
+            if args.lora_r > 0 and options.layout != "adapter":
+                merge_lora(model)
+            model.to(dtype)
+            if options.layout == "adapter":
+                named = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+                save_adapter(named, new, args.version, **args.lora())
+            else:
+                model.save_pretrained(new, layout=options.layout)
+                READProcessor.from_pretrained(args.version, **args.processor(model.config)).save_pretrained(new)
+            record = {"run": str(options.run), "checkpoint": str(source), "base": args.version, "preset": args.preset}
+            write_json(new / MERGED_FROM, record)
+            if options.layout == "read":
+                try:
+                    write_text(new / CARD, model_card(new, options.out.resolve().name))
+                except (OSError, ValueError, KeyError) as error:  # the model is worth more than its card
+                    log.warning("no card was written (python -m utils.model_card %s): %r", options.out, error)
+            out.check(options.overwrite)  # another process may have written there meanwhile
+        done = "adapter of %s for %s in %s" if options.layout == "adapter" else "merged %s over %s into %s"
+        log.info(done, source, args.version, options.out)
 
-    partial = options.out.with_name(options.out.name + ".partial")
-    if partial.exists():  # a merge that was interrupted; its name says that nobody relies on it
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+        if deletes:
+            tower = args.vision_tower if options.layout == "released" else None  # our own layout carries it
+            again = READForCausalLM.from_pretrained(options.out, dtype=model.dtype, vision_tower=tower)
+            written = model.state_dict()
+            differing = [name for name, tensor in again.state_dict().items() if not torch.equal(tensor, written[name])]
+            if differing:
+                raise OSError(f"{options.out} does not read back as written ({', '.join(differing)}): the shards were kept")
+            delete_shards(options.run)
+
+
+def output_folder(options: argparse.Namespace, args: TrainArgs) -> OutputFolder:
+    """OUT, and what it must neither be nor hold.
+
+    Raises:
+        NotOursError: OUT is, or lies in, something that belongs to the run itself.
+    """
+    own, run = options.out.resolve(), options.run.resolve()
+    if own.is_relative_to(run) and own != run:  # RUN/merged is a usual place, RUN/ckpt_model/x is not
+        first = own.relative_to(run).parts[0]
+        if first == SHARDS or OutputFolder(run, "train").owns(first):
+            raise NotOursError(f"{options.out} is or lies in {options.run / first}, which belongs to the run: choose another OUT")
+    inputs = {
+        "RUN": options.run,
+        "--fp32": options.fp32,
+        "the run's --version": args.version,
+        "the run's --vision_tower": args.vision_tower,
+        "the run's --vision_pretrained": args.vision_pretrained,
+    }
+    return OutputFolder(options.out, "merge", inputs)
+
+
+def may_delete_shards(options: argparse.Namespace) -> bool:
+    """True if --delete_shards can be followed; else it is said why the shards stay."""
     if options.layout == "adapter":
-        named = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-        save_adapter(named, partial, args.version, **args.lora())
+        log.warning("the shards are kept: an adapter alone is not worth them")
+    elif not OutputFolder(options.run, "train").is_own():
+        log.warning(
+            "the shards are kept: %s lacks the mark that training leaves in its folders (%s; older versions left none). "
+            "Delete %s yourself", options.run, MARKER, options.run / SHARDS,
+        )  # fmt: skip
     else:
-        model.save_pretrained(partial, layout=options.layout)
-        READProcessor.from_pretrained(args.version, **args.processor(model.config)).save_pretrained(partial)
-    record = {"run": str(options.run), "checkpoint": str(source), "base": args.version, "preset": args.preset}
-    (partial / MERGED_FROM).write_text(json.dumps(record, indent=2) + "\n")
-    if options.overwrite and options.out.exists():
-        shutil.rmtree(options.out)
-    partial.rename(options.out)
-    if options.layout == "read":
-        try:
-            (options.out / CARD).write_text(model_card(options.out))
-        except (OSError, ValueError, KeyError) as error:  # the model is worth more than its card
-            log.warning("no card was written (python -m utils.model_card %s): %r", options.out, error)
-    done = "adapter of %s for %s in %s" if options.layout == "adapter" else "merged %s over %s into %s"
-    log.info(done, source, args.version, options.out)
+        return True
+    return False
 
-    if options.delete_shards and options.layout == "adapter":
-        log.info("the shards were kept: an adapter alone is not worth them")
-    elif options.delete_shards:
-        tower = args.vision_tower if options.layout == "released" else None  # our own layout carries it
-        again = READForCausalLM.from_pretrained(options.out, dtype=model.dtype, vision_tower=tower)
-        written = model.state_dict()
-        differing = [name for name, tensor in again.state_dict().items() if not torch.equal(tensor, written[name])]
-        if differing:
-            raise RuntimeError(f"{options.out} does not read back as written ({differing}); the shards were kept")
-        shutil.rmtree(options.run / "ckpt_model")
-        log.info("deleted %s", options.run / "ckpt_model")
+
+def delete_shards(run: Path) -> None:
+    """Deletes the checkpoints that training wrote into RUN/ckpt_model, and the folder if nothing else is left in it."""
+    folder = run / SHARDS
+    for entry in OutputFolder(run, "train").own_entries():
+        if entry.parent == folder:
+            remove(entry)
+    left = sorted(entry.name for entry in folder.iterdir())
+    if left:
+        log.info("deleted the checkpoints in %s; what else lies there was kept: %s", folder, ", ".join(left))
+    else:
+        folder.rmdir()
+        log.info("deleted %s", folder)
 
 
 def load_run(run: Path) -> TrainArgs:
@@ -135,22 +184,6 @@ def load_run(run: Path) -> TrainArgs:
     if (run / MERGED_FROM).is_file():
         raise ValueError(f"{run} is the result of a merge, and merging it twice would add LoRA twice: name the run itself")
     return TrainArgs.load(run)
-
-
-def check_out(out: Path, overwrite: bool, needed: list[Path | None]) -> None:
-    """Refuses a folder that holds something, whole or half, and one that holds what the merge needs.
-
-    Raises:
-        FileExistsError, ValueError: with what to do.
-    """
-    inside = [path for path in needed if path is not None and path.resolve().is_relative_to(out.resolve())]
-    if inside:
-        raise ValueError(f"{out} holds {inside[0]}, which is merged from: choose another OUT")
-    if overwrite or not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    whole = (out / "config.json").is_file() and (any(out.glob("*.safetensors")) or any(out.glob("*.bin")))
-    what = "a model already" if whole else "something that is no complete model (an interrupted copy?)"
-    raise FileExistsError(f"{out} holds {what}: choose another OUT, or replace it with --overwrite")
 
 
 def checkpoint_folder(run: Path, tag: str) -> Path:

@@ -6,6 +6,7 @@
     folder.mark()                     from now on the folder is this command's
     with folder.lock(): ...           one writer at a time
     with folder.replacement() as new: ...      a folder built beside, which takes the old one's place when it is whole
+    check_file(path, "--out")         the same for a single image
 
 A folder belongs to a command if it holds the marker `.read-output.json` with the command's name. Within it, own files are those
 that `OWN_FILES` lists. A file of the user in such a folder stays where it is.
@@ -20,6 +21,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,11 +34,14 @@ from utils.files import read_object, write_json
 MARKER = ".read-output.json"
 LOCK, HOLDER = ".read-lock", ".read-lock.json"
 WORKERS_END_S = 20
+FILE_MARK = "READ made this file and may replace it"
+"""In the metadata of single images that commands write."""
 
 OWN_FILES: dict[str, tuple[str, ...]] = {
     "train": (
         r"config\.json", r"trainable\.txt", r"log\.jsonl", r"events\.out\.tfevents\..*", r"best\.json", r"skipped\.jsonl",
         r"wandb", r"curves\.png", r"ckpt_model/step\d+", r"ckpt_model/step\d+\.partial", r"ckpt_model/latest",
+        r"ckpt_model/zero_to_\w+\.py",  # DeepSpeed puts it there
     ),
     "merge": (
         r"config\.json", r"generation_config\.json", r"model(-\d+-of-\d+)?\.safetensors", r"model\.safetensors\.index\.json",
@@ -46,8 +51,13 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     "evaluate": (
         r"results\.json", r"compare\.html", r"predictions_.*\.jsonl(\.part\d+|\.settings\.json)?",
     ),
-    "mini": (r"reason_seg", r"refer_seg", r"llava_dataset", r"coco", r"ade20k", r"cocostuff", r"mapillary", r"vlpart", r"own"),
-    "analysis": (r"report\.html", r"figures", r"tables\.json"),
+    "mini": (r"\.read-mini\.json", r"\.read-mini\.partial"),  # the former lists the files, see `dataset.mini`
+    "analysis": (
+        r"index\.html", r"analysis\.json", r"(expressions|summary|thresholds|layers|sweep)\.csv",
+        r"(thresholds|link|layers|sweep)(_[\w-]+-[\w-]+)?\.png",
+        r"pictures/(thresholds|link|layers|sweep)(_[\w-]+-[\w-]+)?_dark\.png",
+        r"pictures/[\w-]+_\d{5,}_\d{2,}(_\d+)?_[a-z]+\.jpg",
+    ),
 }  # fmt: skip
 """Patterns of the paths, relative to the folder, that a command writes: files, or folders that are wholly its own."""
 
@@ -127,16 +137,18 @@ class OutputFolder:
         if not self.is_own():
             write_json(self.path / MARKER, self._marker())
 
+    def owns(self, name: str) -> bool:
+        """True if this command writes a file or folder of that name, a path relative to the folder."""
+        return any(re.fullmatch(pattern, name) for pattern in OWN_FILES[self.command])
+
     def own_entries(self) -> list[Path]:
         """The files and folders in it that this command writes; links are entries themselves and are never followed."""
-        patterns = [re.compile(pattern) for pattern in OWN_FILES[self.command]]
         depth = 1 + max(pattern.count("/") for pattern in OWN_FILES[self.command])
         found: list[Path] = []
 
         def look(folder: Path, level: int) -> None:
             for entry in sorted(folder.iterdir()):
-                name = entry.relative_to(self.path).as_posix()
-                if any(pattern.fullmatch(name) for pattern in patterns):
+                if self.owns(entry.relative_to(self.path).as_posix()):
                     found.append(entry)
                 elif level < depth and entry.is_dir() and not entry.is_symlink():
                     look(entry, level + 1)
@@ -184,12 +196,9 @@ class OutputFolder:
                 shutil.rmtree(new)
         if old.is_dir():  # from here on nothing can be lost: what cannot be moved or deleted stays in `old`
             OutputFolder(old, self.command).clear()
-            for entry in list(old.iterdir()):
-                if entry.name in (MARKER, LOCK, HOLDER):
-                    entry.unlink()
-                else:
-                    entry.rename(target / entry.name)
-            old.rmdir()
+            for name in (MARKER, LOCK, HOLDER):
+                (old / name).unlink(missing_ok=True)
+            _move_into(old, target)
 
     def _marker(self) -> dict[str, str]:
         return {"made_by": self.command, "note": "READ replaces only folders that it made itself; this file says so."}
@@ -246,6 +255,51 @@ class OutputFolder:
 def _entries(folder: Path) -> list[str]:
     """What lies in a folder beside our lock."""
     return [entry.name for entry in folder.iterdir() if entry.name not in (LOCK, HOLDER)]
+
+
+def _move_into(old: Path, new: Path) -> None:
+    """Moves what lies in one folder into another, which keeps its own files, and deletes the emptied folder.
+
+    Raises:
+        FileExistsError: both have a file of one name; that of `old` stays where it is.
+    """
+    for entry in list(old.iterdir()):
+        place = new / entry.name
+        if not os.path.lexists(place):
+            entry.rename(place)
+        elif entry.is_dir() and place.is_dir() and not entry.is_symlink() and not place.is_symlink():
+            _move_into(entry, place)
+        else:
+            raise FileExistsError(f"{entry} could not be moved to {place}, which exists: it was kept")
+    old.rmdir()
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Refuses to overwrite a file that lacks our mark; PNG, PDF and SVG files can carry it (`FILE_MARK`).
+
+    Raises:
+        NotOursError, IsADirectoryError: with the flag that names the file.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: {flag} takes the name of a file")
+    if os.path.lexists(path) and not (path.is_file() and FILE_MARK.encode() in path.read_bytes()):
+        raise NotOursError(f"{path} exists and was not made by this command: move it, or give {flag} another name")
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Makes a folder, and a file in it for a moment, to know before anything is computed that results can be written there.
+
+    Raises:
+        OSError: beginning with the flag that names the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise NotADirectoryError(f"{flag} {folder} is no folder: choose another name") from None
+    except OSError as error:
+        raise OSError(f"{flag} {folder} cannot be written: {error.strerror or error}") from None
 
 
 def remove(entry: Path) -> None:

@@ -9,7 +9,6 @@ Where there are many points, a running mean is drawn over the faint line of what
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cli import plain_errors
+from .files import as_object, parse_json, read_text, shown, whole_file, whole_number
+from .outputs import FILE_MARK, check_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,14 +57,32 @@ def main(argv: list[str] | None = None) -> int:
         names = [run.resolve().name for run in options.runs]
         if len(set(names)) < len(names):
             names = [str(run) for run in options.runs]
-        figure = draw({name: read_log(run) for name, run in zip(names, options.runs, strict=True)})
-        figure.savefig(out)
+        if len(set(names)) < len(names):
+            raise ValueError(f"{' '.join(names)}: a run is named twice")
+        check_file(out, "--out")
+        save(draw({name: read_log(run) for name, run in zip(names, options.runs, strict=True)}), out)
     print(f"written: {out}")
     return 0
 
 
+def save(figure: Figure, out: Path) -> None:
+    """Writes a figure, whole or not at all, in the format of its suffix and with our mark.
+
+    Raises:
+        ValueError: matplotlib does not write this format.
+    """
+    kind = out.suffix.removeprefix(".").lower() or "png"
+    kinds = figure.canvas.get_supported_filetypes()
+    if kind not in kinds:
+        raise ValueError(f"--out {out}: must end in one of .{', .'.join(sorted(kinds))}")
+    mark = {"png": {"Software": FILE_MARK}}.get(kind, {"Creator": FILE_MARK} if kind in ("pdf", "ps", "eps", "svg") else None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out, "wb") as file:
+        figure.savefig(file, format=kind, metadata=mark)
+
+
 def read_log(run: Path) -> Records:
-    """The records of kind train and val of a run.
+    """The records of kind train and val of a run. A last line without its end is passed over: it is being written, or was cut.
 
     Raises:
         FileNotFoundError: the folder has no log. ValueError: there is nothing to draw in it, or it is damaged.
@@ -71,20 +90,42 @@ def read_log(run: Path) -> Records:
     file = run / "log.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no log.jsonl: give the folder of a training run")
-    lines = file.read_text().splitlines()
+    nothing = f"{file} has no record of training or validation yet"
+    if file.stat().st_size == 0:
+        raise ValueError(nothing)
     records = []
+    lines = read_text(file).split("\n")
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line, where)
+        except ValueError:
             if number == len(lines):
-                break  # being written right now, or when the run was killed
-            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
+                break
+            raise
+        record = as_object(record, where)
         if record.get("kind") in ("train", "val"):
+            check_record(record, where)
             records.append(record)
     if not records:
-        raise ValueError(f"{file} has no record of training or validation yet")
+        raise ValueError(nothing)
     return records
+
+
+def check_record(record: dict[str, Any], where: str) -> None:
+    """Refuses a record that cannot be drawn.
+
+    Raises:
+        ValueError: the step is no whole number, or a value no number; "nan" and "inf" are numbers here, as they are logged.
+    """
+    whole_number(record.get("step"), f"{where}, field step", at_least=0)
+    for name in (*LOSSES, *SCORES):
+        value = record.get(name)
+        number = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**15)
+        if not (value is None or number or value in ("nan", "inf", "-inf")):
+            raise ValueError(f"{where}, field {name}: must be a number, found {shown(value)}")
 
 
 def curve(records: Records, kind: str, name: str) -> Curve | None:
@@ -128,7 +169,7 @@ def draw(runs: dict[str, Records]) -> Figure:
                 steps, values = found
                 style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 4}
                 scores.plot(steps, 100 * values, label=f"{name} {key}", **style)
-    if all(np.nanmin(line.get_ydata()) > 0 for line in losses.lines):
+    if all((line.get_ydata() > 0).any() and not (line.get_ydata() <= 0).any() for line in losses.lines):
         losses.set_yscale("log")
         losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         losses.yaxis.set_major_formatter("{x:g}")

@@ -160,7 +160,7 @@ def _check(file: Path, before: dict[str, Any], settings: dict[str, Any]) -> None
 def _lines(file: Path) -> list[tuple[int, dict[str, Any]]]:
     """(number, content) of every line that was written whole."""
     found = []
-    for number, line in enumerate(file.read_text().split("\n")[:-1], 1):  # what follows the last newline is a torn line
+    for number, line in enumerate(file.read_text("utf-8").split("\n")[:-1], 1):  # what follows the last newline is a torn line
         try:
             found.append((number, json.loads(line)))
         except ValueError as error:

@@ -55,7 +55,8 @@ def _scene(rng: np.random.Generator, split: str, usable: Callable[[world.Scene],
 
 
 def _write_jpeg(file: Path, image: np.ndarray) -> None:
-    cv2.imwrite(str(file), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    # Not imwrite, which is silent about a full disk.
+    file.write_bytes(cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1])
 
 
 def polygons(mask: np.ndarray) -> list[np.ndarray]:
@@ -95,7 +96,7 @@ def write_reason_seg(root: Path, seed: int, counts: dict[str, int]) -> None:
                 "false_premise_QA": [list(entry) for entry in world.false_reasoning(scene, rng)[:2]],
             }
             _write_jpeg(folder / f"mini_{split}_{number:04d}.jpg", scene.image)
-            (folder / f"mini_{split}_{number:04d}.json").write_text(json.dumps(content, indent=1) + "\n")
+            (folder / f"mini_{split}_{number:04d}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _shape(label: str, outline: np.ndarray) -> dict:
@@ -161,7 +162,7 @@ def write_refer(root: Path, seed: int, family: str, counts: dict[str, int], firs
                     }
                 )
             image_id += 1
-    (folder / "instances.json").write_text(json.dumps(instances) + "\n")
+    (folder / "instances.json").write_text(json.dumps(instances) + "\n", encoding="utf-8")
     (folder / f"refs({SPLIT_BY[family]}).p").write_bytes(pickle.dumps(refs, protocol=2))
     return image_id
 
@@ -227,7 +228,7 @@ def write_vqa(root: Path, seed: int, count: int) -> None:
             said += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         said[0]["value"] = "<image>\n" + said[0]["value"] if rng.random() < 0.5 else said[0]["value"] + "\n<image>"
         items.append({"id": f"{number:012d}", "image": f"{number:012d}.jpg", "conversations": said})
-    (root / "llava_dataset/llava_instruct_150k.json").write_text(json.dumps(items, indent=1) + "\n")
+    (root / "llava_dataset/llava_instruct_150k.json").write_text(json.dumps(items, indent=1) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ semantic sets
@@ -241,7 +242,7 @@ PARTS = ("upper half", "lower half")
 
 def write_sem_seg(root: Path, seed: int, count: int) -> None:
     """`count` pictures for each of the five semantic sets, in their three kinds of label maps and two of COCO files."""
-    ade20k, cocostuff = ((CLASSES / f"{name}.txt").read_text().splitlines() for name in ("ade20k", "cocostuff"))
+    ade20k, cocostuff = ((CLASSES / f"{name}.txt").read_text(encoding="utf-8").splitlines() for name in ("ade20k", "cocostuff"))
     mapillary = list(NAMES)
     for number, folder in enumerate(("ade20k", "cocostuff", "mapillary")):
         for i in range(count):
@@ -268,7 +269,7 @@ def write_sem_seg(root: Path, seed: int, count: int) -> None:
             picture.save(file.with_suffix(".png"))
             _write_jpeg(image.with_suffix(".jpg"), scene.image)
     config = {"labels": [{"name": f"object--{name}", "readable": name.capitalize()} for name in mapillary]}
-    (root / "mapillary/config_v2.0.json").write_text(json.dumps(config, indent=1) + "\n")
+    (root / "mapillary/config_v2.0.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     _write_parts(root, seed, count, "pascal_part")
     _write_parts(root, seed, count, "paco_lvis")
 
@@ -303,7 +304,7 @@ def _write_parts(root: Path, seed: int, count: int, name: str) -> None:
                 annotation = _annotation(part, i + 1, len(content["annotations"]) + 1, rng)
                 content["annotations"].append({**annotation, "category_id": ids[category]})
     file = folder / ("paco_lvis_v1_train.json" if paco else "train.json")
-    file.write_text(json.dumps(content) + "\n")
+    file.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ own data
@@ -327,7 +328,7 @@ def write_own(root: Path, seed: int, counts: dict[str, int]) -> None:
             content = {"version": "5.4.1", "flags": {}, "shapes": shapes, "imagePath": f"{number:04d}.jpg", "imageData": None,
                        "imageHeight": scene.image.shape[0], "imageWidth": scene.image.shape[1]}  # fmt: skip
             _write_jpeg(folder / f"{number:04d}.jpg", scene.image)
-            (folder / f"{number:04d}.json").write_text(json.dumps(content, indent=1) + "\n")
+            (folder / f"{number:04d}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_table(folder: Path, seed: int, counts: dict[str, int]) -> None:
@@ -353,7 +354,7 @@ def _write_table(folder: Path, seed: int, counts: dict[str, int]) -> None:
                      for false in world.false_premises(scene, rng)[:1]]  # fmt: skip
             rows += [{"image": image, "question": text, "is_sentence": is_sentence, "answer": answer, "split": split}
                      for text, is_sentence, answer in world.false_reasoning(scene, rng)[:1]]  # fmt: skip
-    with (folder / "questions.csv").open("w", newline="") as file:
+    with (folder / "questions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -376,7 +377,7 @@ def _write_coco(folder: Path, seed: int, counts: dict[str, int]) -> None:
             content["images"].append({"id": number + 1, "file_name": file_name, "height": height, "width": width})
             for thing in scene.things:
                 content["annotations"].append(_annotation(thing, number + 1, len(content["annotations"]) + 1, rng))
-        (folder / f"instances_{split}.json").write_text(json.dumps(content) + "\n")
+        (folder / f"instances_{split}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def write_all(root: Path, seed: int = 0, train: int = 600, val: int = 80, test: int = 60) -> None:

@@ -20,21 +20,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import platform
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_model_flags, load_model, plain_errors
+from utils.cli import DEFAULT_MODEL, add_model_flags, check_max_new_tokens, load_model, plain_errors
+from utils.files import whole_file, whole_number, write_json, write_text
+from utils.outputs import FILE_MARK, OutputFolder, check_file
 
 if TYPE_CHECKING:
     from .study import Study
 
 ALL = "all"
-MARK = "analysis.json"
-"""Tells a folder of ours."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,18 +94,20 @@ def analyse(options: argparse.Namespace) -> int:
     from dataset import build_eval
     from utils.runlog import setup_logging
 
-    from . import plots, study, tables
-    from .page import page
-    from .prompts import Untouched
+    from . import tables
+    from .study import slug_of
 
     setup_logging()
+    check_numbers(options)
     models = [split_model(entry) for entry in options.version]
     names = model_names(options.version)
-    wanted = study.Options(
-        protocol=options.protocol, max_new_tokens=options.max_new_tokens, conv_type=options.conv_type, chunk=options.chunk,
-        layers=layers_of(options.layers), layer_seg=options.layer_seg, sam_token=options.sam_token, sweep=options.sweep,
-        cards=options.cards, figure=10 if options.figure else 0, out=options.out,
-    )  # fmt: skip
+    out = output_folder(options, [version for version, _ in models])
+    out.check(overwrite=True)  # an earlier report is replaced
+    if options.figure:
+        check_file(options.figure, "--figure")
+    for version, _ in models:
+        if options.protocol == "generate":
+            check_max_new_tokens(version, options.max_new_tokens, options.vision_tower)
     parts = []  # data first: a missing folder should be known before a large model is loaded
     for entry in options.data:
         name, _, split = entry.rpartition("|")
@@ -116,10 +117,45 @@ def analyse(options: argparse.Namespace) -> int:
         if options.limit is not None:
             samples = torch.utils.data.Subset(samples, range(min(options.limit, len(samples))))
         parts.append((entry, samples))
-    make_folder(options.out)
+    if len({slug_of(entry) for entry, _ in parts}) < len(parts):
+        raise ValueError(f"--data {' '.join(options.data)}: two are the same, or differ in signs alone, and would share files")
+    with out.replacement() as folder:
+        studies = write_report(options, folder, models, names, parts)
+    print(tables.as_text(studies, [entry for entry, _ in parts]))
+    if options.figure:
+        sheet(studies[0], options.figure)
+        print(f"written: {options.figure}")
+    print(f"written: {options.out / 'index.html'}")
+    return 0
+
+
+def write_report(
+    options: argparse.Namespace,
+    folder: Path,
+    models: list[tuple[str, dict[str, Any]]],
+    names: list[str],
+    parts: list[tuple[str, Any]],
+) -> list[Study]:
+    """Looks at all data sets with every model, and writes what is found into an empty folder.
+
+    Args:
+        models: of `split_model`, called `names`.
+        parts: (NAME|SPLIT, samples).
+    """
+    import torch
+
+    from . import plots, study, tables
+    from .page import page
+    from .prompts import Untouched
+
+    wanted = study.Options(
+        protocol=options.protocol, max_new_tokens=options.max_new_tokens, conv_type=options.conv_type, chunk=options.chunk,
+        layers=layers_of(options.layers), layer_seg=options.layer_seg, sam_token=options.sam_token, sweep=options.sweep,
+        cards=options.cards, figure=10 if options.figure else 0, out=folder,
+    )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     untouched = Untouched.load(options.sam, device) if options.sam else None
-
+    (folder / "pictures").mkdir()
     studies = []
     for number, ((version, changes), name) in enumerate(zip(models, names, strict=True)):
         flags = argparse.Namespace(**{**vars(options), "version": version, **changes})
@@ -139,17 +175,35 @@ def analyse(options: argparse.Namespace) -> int:
         reasons = [reason for one in studies for _, _, reason in one.failed]
         raise ValueError(f"nothing was looked at: {reasons[0] if reasons else 'the data sets have no expression'}")
     part_names = [entry for entry, _ in parts]
-    tables.write_tables(studies, part_names, options.out)
-    figures = plots.write_figures(studies, part_names, options.out)
+    tables.write_tables(studies, part_names, folder)
+    figures = plots.write_figures(studies, part_names, folder)
     record = record_of(options, studies)
-    (options.out / MARK).write_text(json.dumps(record, indent=2) + "\n")
-    (options.out / "index.html").write_text(page(studies, part_names, figures, record), encoding="utf-8")
-    print(tables.as_text(studies, part_names))
-    if options.figure:
-        sheet(studies[0], options.figure)
-        print(f"written: {options.figure}")
-    print(f"written: {options.out / 'index.html'}")
-    return 0
+    write_json(folder / "analysis.json", record)
+    write_text(folder / "index.html", page(studies, part_names, figures, record))
+    return studies
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Refuses numbers out of range before anything is opened.
+
+    Raises:
+        ValueError: with the flag.
+    """
+    for name, least in (("limit", 1), ("chunk", 1), ("cards", 0), ("max_new_tokens", 1)):
+        if getattr(options, name) is not None:
+            whole_number(getattr(options, name), f"--{name}", at_least=least)
+    for layer in layers_of(options.layers) or ():
+        whole_number(layer, "--layers", at_least=0)
+
+
+def output_folder(options: argparse.Namespace, versions: list[str]) -> OutputFolder:
+    """The folder of the report, and what it must not hold: all that is read."""
+    inputs: dict[str, str | Path | None] = {
+        "--dataset_dir": options.dataset_dir, "--sam": options.sam, "--vision_tower": options.vision_tower
+    }  # fmt: skip
+    inputs |= {f"--version ({number})": version for number, version in enumerate(versions, 1)}
+    inputs |= {f"--data ({number})": entry.rpartition("|")[0] or None for number, entry in enumerate(options.data, 1)}
+    return OutputFolder(options.out, "analysis", inputs)
 
 
 def split_model(entry: str) -> tuple[str, dict[str, Any]]:
@@ -185,22 +239,6 @@ def layers_of(given: list[str]) -> tuple[int, ...] | None:
         raise ValueError(f"--layers takes numbers or {ALL}, found {' '.join(given)!r}") from None
 
 
-def make_folder(out: Path) -> None:
-    """The folder of the report; pictures of an earlier report in it would stay for ever, so they go.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise ValueError(f"--out {out} is not empty and holds no {MARK} of an earlier analysis: give another folder")
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
-    for file in (out / "pictures").glob("*.jpg"):
-        file.unlink()
-    for file in out.glob("*.png"):
-        file.unlink()
-    (out / MARK).write_text("{}\n")  # a report that was stopped may be begun again
-
-
 def record_of(options: argparse.Namespace, studies: list[Study]) -> dict[str, Any]:
     """What the report says about how it was made."""
     import torch
@@ -226,6 +264,8 @@ def record_of(options: argparse.Namespace, studies: list[Study]) -> dict[str, An
 
 def sheet(one: Study, path: Path) -> None:
     """The small figure: a row an expression, a column a map or mask."""
+    from PIL.PngImagePlugin import PngInfo
+
     from utils import visualize
 
     from .study import PROMPTS
@@ -234,8 +274,12 @@ def sheet(one: Study, path: Path) -> None:
         raise ValueError("--figure: no expression had a [SEG]")
     columns = ["what is meant", "[SEG] and image\nbefore the LM", "[SEG] and image\nafter the LM", "[SEG] and image\nin SAM"]
     columns += ["points", *(f"mask from\n{PROMPTS[prompt]}" for prompt in one.prompts)]
+    check_file(path, "--figure")
     path.parent.mkdir(parents=True, exist_ok=True)
-    visualize.sheet_image(one.sheet, columns).save(path, optimize=True)
+    mark = PngInfo()
+    mark.add_text("Software", FILE_MARK)
+    with whole_file(path, "wb") as file:
+        visualize.sheet_image(one.sheet, columns).save(file, "PNG", optimize=True, pnginfo=mark)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from utils.plot import LINES
 
 from .maps import HEADLINE, LEVELS, correlation
 from .prompts import AXES, PAPER
-from .study import LAYER_SEG, MAPS, PROMPTS, SWEPT, TINTS, Study
+from .study import LAYER_SEG, MAPS, PROMPTS, SWEPT, TINTS, Study, slug_of
 from .tables import layer_rows, percent, summary_of, sweep_table, thresholds
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def write_figures(studies: Sequence[Study], parts: Sequence[str], folder: Path) 
             ("layers", "Layers of the language model", draw_layers, (10.6, 3.6)),
             ("sweep", "SasP's values, one at a time", draw_sweep, (10.6, 6.4)),
         ):
-            slug = name if len(parts) == 1 else f"{name}_{''.join(c if c.isalnum() else '-' for c in part)}"
+            slug = name if len(parts) == 1 else f"{name}_{slug_of(part)}"
             files = {False: f"{slug}.png", True: f"pictures/{slug}_dark.png"}
             words = None
             for dark, file in files.items():

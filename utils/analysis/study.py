@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dataset.collate import collate
 from model.packing import pad_rows
 from utils import visualize
+from utils.files import short_name
 from utils.metrics import IGNORE_PIXEL, Expression, Overlap, count, overlap
 
 from . import maps as picture_maps
@@ -423,13 +424,17 @@ class _Looker:
     def _save(self, row: Row, name: str, picture: Image.Image, words: str) -> Picture:
         # What does not depend on the model is drawn once: the first model's file serves all.
         whose = "" if name == "truth" else f"_{self.number}"
-        part = "".join(c if c.isalnum() else "-" for c in row.part).strip("-")
-        file = f"pictures/{part}_{row.image_index:05d}_{row.question_index:02d}{whose}_{name}.jpg"
+        file = f"pictures/{slug_of(row.part)}_{row.image_index:05d}_{row.question_index:02d}{whose}_{name}.jpg"
         path = self.options.out / file
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.number == 0 or name != "truth" or not path.is_file():
             picture.save(path, quality=85)
         return Picture(name, file, picture.size, words)
+
+
+def slug_of(part: str) -> str:
+    """A data set and its split, or the path of one's own data, as a part of file names."""
+    return short_name("".join(c if c.isalnum() else "-" for c in part).strip("-"))
 
 
 def _grid(values_P: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from utils.compare import paired_bootstrap
+from utils.files import whole_file
 from utils.metrics import Overlap, summarize
 
 from .maps import HEADLINE, LEVELS, correlation, s_iou
@@ -155,9 +156,8 @@ def write_tables(studies: Sequence[Study], parts: Sequence[str], folder: Path) -
     for name, rows in tables.items():
         path = folder / f"{name}.csv"
         if not rows:
-            path.unlink(missing_ok=True)  # of an earlier report in this folder
             continue
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with whole_file(path) as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
             writer.writeheader()
             writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
