@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,25 @@ from .draw import choose, pick
 from .refer_api import Refer, ReferImage
 from .types import Sample
 
+log = logging.getLogger(__name__)
+
 
 class ReferTraining:
-    """Referring expressions of one set to learn from: uniform over pictures, then `k` of the picture's expressions."""
+    """Referring expressions of one set to learn from: uniform over pictures, then `k` of the picture's expressions.
+
+    False premises of an FP set that say nothing of what is there instead (`gt_sent`) cannot be corrected: they are left out, and
+    counted in a warning.
+    """
 
     def __init__(self, dataset_dir: str | Path, name: str, k: int = 1) -> None:
         self.refer = Refer(dataset_dir, name)
         self.pictures = self.refer.of_split("train")
         self.k = k
+        if lacking := _leave_out_uncorrectable(self.pictures, name):
+            self.pictures = [picture for picture in self.pictures if picture.sentences]
+            log.warning("%s, split train: %d false premises have no gt_sent and are left out", self.refer.refs_file, lacking)
+            if not self.pictures:
+                raise ValueError(f"{self.refer.refs_file}, split train: it has false premises alone, and none has a gt_sent")
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -44,6 +56,16 @@ class ReferTraining:
         )
 
 
+def _leave_out_uncorrectable(pictures: list[ReferImage], name: str) -> int:
+    """Takes the false premises without `gt_sent` out of an FP set's images; says how many."""
+    lacking = 0
+    for picture in pictures if name.startswith("fp") else ():
+        kept = [s for s in picture.sentences if s["exists"] or s["gt_sent"]]
+        lacking += len(picture.sentences) - len(kept)
+        picture.sentences = kept
+    return lacking
+
+
 def _read(refer: Refer, picture: ReferImage) -> tuple[Path, np.ndarray]:
     """Path and pixels of a picture.
 
@@ -61,7 +83,8 @@ def _read(refer: Refer, picture: ReferImage) -> tuple[Path, np.ndarray]:
 
 
 def _question(text: str, rng: np.random.Generator) -> str:
-    return pick(templates.SHORT_QUESTION, rng).format(class_name=text.strip().lower())
+    """The expression in small letters with the blanks at its ends, as the original asks it; answers have it without them."""
+    return pick(templates.SHORT_QUESTION, rng).format(class_name=text.lower())
 
 
 def answer(sentence: dict[str, Any], rng: np.random.Generator, name: str) -> str:
@@ -120,16 +143,16 @@ class ReferEvaluation:
         rng = np.random.default_rng([self.seed, index])
         conversations = []
         for s in picture.sentences:
-            text = s["sent"].strip().lower()
-            question = (
-                _question(text, rng) if self.random_templates else templates.EVAL_SHORT_QUESTION.format(class_name=text)
-            )
+            if self.random_templates:
+                question = _question(s["sent"], rng)
+            else:
+                question = templates.EVAL_SHORT_QUESTION.format(class_name=s["sent"].lower())
             reply = None
             if self.protocol == "forced":
                 pool = templates.SHORT_ANSWER
                 reply = templates.EVAL_ANSWER
                 if self.random_templates:
-                    reply = pool[rng.integers(len(pool))].format(class_name=text)
+                    reply = pool[rng.integers(len(pool))].format(class_name=s["sent"].strip().lower())
             conversations.append([(question, reply)])
         return Sample(
             image_path=str(path),

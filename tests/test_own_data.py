@@ -187,7 +187,7 @@ def test_tables_of_every_spelling_say_the_same(tmp_path):
     plain = (tmp_path / "semicolon/questions.csv").read_text()
     written = {
         "bom": b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode(),
-        "excel": plain.encode("cp1252"),
+        "excel": plain.encode("utf-16"),
         "tab": plain.replace(";", "\t").encode(),
         "comma": plain.replace("the cup, left", '"the cup, left"').replace("Ja, da: [SEG].", '"Ja, da: [SEG]."')
                       .replace(";", ", ").encode(),
