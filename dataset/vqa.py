@@ -92,9 +92,9 @@ def read_dialogues(file: Path) -> Dialogues:
         try:
             found.usable.append(_dialogue(record, number))
         except Foreign as error:
-            found.foreign.append(f"{where} {error}")
+            found.foreign.append(f"{where}: {error}")
         except ValueError as error:
-            found.broken.append(f"{where} {error}")
+            found.broken.append(f"{where}: {error}")
     if not count:
         raise ValueError(f"{file} must be a list of dialogues, and not an empty one")
     if not found.usable:

@@ -6,6 +6,7 @@ that an evaluation can go on with the next one.
 
 import json
 import pickle
+import re
 import resource
 import time
 import zlib
@@ -26,7 +27,9 @@ from dataset.check import main as check
 from dataset.collate import collate
 from dataset.reason_seg import FAR, ReasonTraining, draw_mask, read_annotation
 from dataset.refer_api import Refer, draw_segmentation
+from dataset.sem_seg import SemSegTraining
 from dataset.types import Sample
+from dataset.vqa import VqaTraining
 from model import READForCausalLM, READProcessor, SaspConfig, losses, select_points
 from model.losses import mask_on_token_grid
 from model.sasp import fine_map_matrices
@@ -382,6 +385,98 @@ def test_broken_annotations_fail_their_picture_and_name_the_field(tmp_path, caps
     assert str(file) in capsys.readouterr().out
 
 
+KITE = ["a kite", False, "There is none."]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"text": {"q": "where?"}}, "text: must be a question, or a list of them"),
+        ({"text": None}, "text: must be a question, or a list of them, found None"),
+        ({"text": ["the cup", "the </s> cup"]}, r"text\[1\]: must not contain </s>"),
+        ({"text": "where is [seg]?"}, r"text\[0\]: must not contain \[SEG\]"),
+        ({"text": ["the cup", ["b"]]}, r"text\[1\]: must be text"),
+        ({"text": ["a \0 cup"]}, r"text\[0\]: must not contain '\\x00'"),
+        ({"is_sentence": None}, "is_sentence: must be true or false, found None"),
+        ({"is_sentence": 2}, "is_sentence: must be true or false, found 2"),
+        ({"is_sentence": [True]}, "is_sentence: must be true or false"),
+        ({"is_sentence": 1.0}, "is_sentence: must be true or false, found 1.0"),
+        ({"false_premise_QA": "none"}, "false_premise_QA: must be a list of"),
+        ({"false_premise_QA": {"abc": 1}}, "false_premise_QA: must be a list of"),
+        ({"false_premise_QA": False}, "false_premise_QA: must be a list of"),
+        ({"false_premise_QA": ["abc"]}, r"false_premise_QA\[0\]: must be a list \[question, is_sentence, answer\], found 'abc'"),
+        ({"false_premise_QA": [KITE, {"question": 1, "b": 2, "c": 3}]}, r"false_premise_QA\[1\]: must be a list \[question"),
+        ({"false_premise_QA": [[*KITE, "more"]]}, r"false_premise_QA\[0\]: must be a list \[question"),
+        ({"false_premise_QA": [["a kite", "false", "No."]]}, r"false_premise_QA\[0\], is_sentence: must be .*found 'false'"),
+        ({"false_premise_QA": [KITE, ["", True, "No."]]}, r"false_premise_QA\[1\], question: is empty"),
+        ({"false_premise_QA": [[None, True, "No."]]}, r"false_premise_QA\[0\], question: must be text, found None"),
+        ({"false_premise_QA": [["a kite", False, None]]}, r"false_premise_QA\[0\], answer: must be text, found None"),
+        ({"false_premise_QA": [["a kite", False, "It is [SEG]."]]}, r"false_premise_QA\[0\], answer: must not contain \[SEG\]"),
+        ({"shapes": {"label": "target", "points": []}}, "shapes: must be a list of shapes"),
+        ({"shapes": [shape(*SQUARE), "x"]}, r"shapes\[1\]: must be a JSON object"),
+        ({"shapes": [{"label": 7, "points": SQUARE}]}, r"shapes\[0\]: label: must be text, found 7"),
+        ({"shapes": [shape({"x": 8, "y": 8})]}, r"shapes\[0\]: points: must be pairs \[x, y\] of numbers"),
+        ({"shapes": [shape(["8", "8"])]}, r"shapes\[0\]: points: must be pairs \[x, y\] of numbers, found \['8', '8'\]"),
+        ({"shapes": [shape([True, 8])]}, r"shapes\[0\]: points: must be pairs \[x, y\] of numbers, found \[True, 8\]"),
+        ({"shapes": [{"label": "target", "points": {"0": [1, 2]}}]}, r"shapes\[0\]: points: must be pairs"),
+        ({"shapes": [shape([10**400, 8])]}, r"shapes\[0\]: points: hold a number that is no place"),
+        ({"shapes": [{**shape([9, 9], [9, 12]), "shape_type": "circle"}]}, r"shapes\[0\]: shape_type: a 'circle' of 2 points"),
+        ({"shapes": [{**shape([3, 2], [9, 8]), "shape_type": "rectangle"}]}, r"shapes\[0\]: shape_type: a 'rectangle' of 2"),
+        ({"shapes": [{**shape([3, 2], [9, 8]), "shape_type": "mask"}]}, r"shapes\[0\]: shape_type: a 'mask' of 2 points"),
+        ({"shapes": [{**shape(*SQUARE), "shape_type": ["polygon"]}]}, r"shapes\[0\]: shape_type"),
+    ],
+)  # fmt: skip
+def test_fields_of_another_kind_are_told_when_the_set_is_opened(tmp_path, capsys, fields, words):
+    """Objects asked their keys, three letters were a false premise, "false" was true, a circle was drawn as a line."""
+    for split in ("train", "val"):
+        reason(tmp_path, split, **fields), reason(tmp_path, split, name="b")
+    with pytest.raises(ValueError, match=f"train/a.json, {words}"):
+        build_train(["reason_seg"], [1], tmp_path)
+    data = build_eval("ReasonSeg", "val", tmp_path)
+    with pytest.raises(ValueError, match=f"val/a.json, {words}"):
+        data[0]
+    assert data[1].masks.any()  # the others are evaluated
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "ReasonSeg"]) == 2
+    assert capsys.readouterr().out.count("a.json, ") == 2
+    (tmp_path / "reason_seg/ReasonSeg/val/b.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"(?s)val/a.json, .*val/b.json: must be a JSON object"):
+        build_eval("ReasonSeg", "val", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "points", "pixels"),
+    [(None, SQUARE, 49), ("polygon", SQUARE, 49), ("rectangle", SQUARE, 49), ("rotation", SQUARE, 49), ("polygon", [[4, 5]], 1),
+     ("point", [[4, 5]], 1), ("line", [[4, 5], [10, 5]], 7), ("linestrip", SQUARE, 49)],
+)  # fmt: skip
+def test_shapes_that_their_points_outline_are_drawn(tmp_path, kind, points, pixels):
+    reason(tmp_path, shapes=[{"label": "target", "points": points, "shape_type": kind}], is_sentence=1, false_premise_QA=None)
+    item = build_eval("ReasonSeg", "val", tmp_path, protocol="generate")[0]
+    assert (item.masks == 1).sum() == pixels and item.meta["is_sentence"] == [True]
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path):
+    reason(tmp_path, "train"), reason(tmp_path)
+    for split in ("train", "val"):
+        folder = tmp_path / "reason_seg/ReasonSeg" / split
+        for name in ("._a.json", "._a.jpg", ".c.json"):
+            (folder / name).write_bytes(b"\0\5\x16\7")
+        (folder / "d.json").mkdir(), (folder / "e.jpg").mkdir()
+    assert len(ReasonTraining(tmp_path)) == len(build_eval("ReasonSeg", "val", tmp_path)) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252", "gbk", "cp1251", "cp932"])
+def test_encodings_of_annotations_are_read_or_named(tmp_path, encoding):
+    text = {"gbk": "蓝色的杯子在哪里", "cp1251": "где синяя чашка", "cp932": "青いカップ"}.get(encoding, "the café – the cup’s")
+    file = reason(tmp_path)
+    content = {**json.loads(file.read_text()), "text": [text]}
+    file.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    if encoding in ("gbk", "cp1251", "cp932"):
+        with pytest.raises(ValueError, match="a.json, line 1: is no UTF-8 text"):
+            build_eval("ReasonSeg", "val", tmp_path)
+    else:
+        assert build_eval("ReasonSeg", "val", tmp_path)[0].questions == [text]
+
+
 def test_annotations_of_a_turned_picture_are_drawn_as_it_is_seen(tmp_path):
     file = reason(tmp_path, shapes=[shape([1, 29], [4, 29], [4, 31], [1, 31])])
     exif = Image.Exif()
@@ -532,6 +627,280 @@ def test_records_of_the_refer_family_that_are_broken(tmp_path):
         (folder / "refs(unc_exclude_unified).p").write_bytes(pickle.dumps(broken))
         with pytest.raises(ValueError, match=words):
             build_eval("refcoco", "val", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ LLaVA-Instruct
+
+
+def said(*values):
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def vqa(root, *records, name="llava_instruct_150k.json"):
+    """A file of dialogues, beside the pictures a.jpg and 1.jpg."""
+    for folder in ("llava_dataset", "coco/train2017"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for picture in ("a.jpg", "1.jpg"):
+        Image.fromarray(smooth(24, 32)).save(root / "coco/train2017" / picture)
+    file = root / "llava_dataset" / name
+    lines = file.suffix == ".jsonl" or name.startswith("lines")
+    file.write_text("\n".join(map(json.dumps, records)) if lines else json.dumps(records))
+    return file
+
+
+GOOD = {"id": "good", "image": "a.jpg", "conversations": said("<image>\nWhat is it?", "A cup.")}
+
+
+def turns_of(root):
+    """All that is learnt from, by id."""
+    data = VqaTraining(root)
+    drawn = [data.draw(np.random.default_rng(seed)) for seed in range(8 * len(data))]
+    return {sample.meta["id"]: (Path(sample.image_path).name, sample.conversations[0]) for sample in drawn}
+
+
+@pytest.mark.parametrize(
+    ("conversations", "turns"),
+    [
+        (said("<image>\nWhy? ", " Because. \n"), [("Why?", " Because. \n")]),
+        (said(" Why?  \n<image>", "a", " and\n", "\tb "), [("Why?", "a"), (" and\n", "\tb ")]),
+        (said(" Why? ", "a"), [(" Why? ", "a")]),
+        ([{"from": "gpt", "value": "I see a cup."}, *said("Why?", "a")], [("Why?", "a")]),
+    ],
+    ids=["answer", "later turns", "no mark", "leading answer"],
+)
+def test_only_the_turn_with_the_image_is_stripped(tmp_path, tiny, conversations, turns):
+    vqa(tmp_path, {**GOOD, "conversations": conversations})
+    assert turns_of(tmp_path) == {"good": ("a.jpg", turns)}
+    batch = collate([VqaTraining(tmp_path).draw(np.random.default_rng(0))], tiny[1], training=True)
+    learnt = tiny[1].tokenizer.decode([i for i in batch.labels[0].tolist() if i >= 0])
+    assert all(answer.strip() in learnt for _, answer in turns) and learnt.endswith("</s>")
+
+
+@pytest.mark.parametrize("image", ["a.jpg", "./a.jpg", "train2017/a.jpg", "coco/train2017/a.jpg", "coco\\train2017\\a.jpg"])
+@pytest.mark.parametrize("name", ["llava_instruct_150k.json", "llava_instruct_150k.jsonl"])
+def test_names_of_pictures_and_lines_of_json(tmp_path, caplog, image, name):
+    vqa(tmp_path, {**GOOD, "image": image}, {**GOOD, "id": "second"}, name=name)
+    assert turns_of(tmp_path) == dict.fromkeys(("good", "second"), ("a.jpg", [("What is it?", "A cup.")]))
+    (tmp_path / "llava_dataset" / name).rename(tmp_path / "llava_dataset/llava_instruct_150k.json")
+    assert len(turns_of(tmp_path)) == 2 and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "status"),
+    [
+        ({"image": None}, "has the image null: it is about no picture", 0),
+        ({"image": ["a.jpg", "1.jpg"]}, "has a list of 2 images", 0),
+        ({"image": "gqa/images/1.jpg"}, "has an image of another folder than coco/train2017: 'gqa/images/1.jpg'", 0),
+        ({"image": "/data/coco/train2017/1.jpg"}, "has an image of another folder", 0),
+        ({"image": "../train2017/1.jpg"}, "has an image of another folder", 0),
+        ({"image": "http://x.org/train2017/1.jpg"}, "has an image of another folder", 0),
+        ({"conversations": [{"from": "system", "value": "Be kind."}, *GOOD["conversations"]]}, "has a system turn", 0),
+        ({"image": ""}, "image: must be a file name, found ''", 2),
+        ({"image": 7}, "image: must be a file name, found 7", 2),
+        ({"image": "coco/train2017/.."}, "image: is no file name", 2),
+        ({"image": "x" * 300}, "image: is no file name", 2),
+        ({"image": "a\0.jpg"}, "image: is no file name", 2),
+        ({"conversations": []}, "conversations: must be a list of turns", 2),
+        ({"conversations": {"from": "human"}}, "conversations: must be a list of turns", 2),
+        ({"conversations": ["Why?", "a"]}, r"conversations\[0\]: must be an object", 2),
+        ({"conversations": [{"role": "user", "content": "Why?"}]}, r"conversations\[0\] lacks the field 'from'", 2),
+        ({"conversations": [{"from": "user", "value": "Why?"}, {"from": "assistant", "value": "a"}]}, "found 'user, assist", 2),
+        ({"conversations": said("Why?", "a", "And?")}, "must alternate between human and gpt, found 'human, gpt, human'", 2),
+        ({"conversations": [{"from": None, "value": "Why?"}, *said("a")]}, "must alternate .* found 'None, human'", 2),
+        ({"conversations": said(None, "a")}, r"conversations\[0\].value: must be text, found None", 2),
+        ({"conversations": said("Why?", ["a"])}, r"conversations\[1\].value: must be text", 2),
+        ({"conversations": said("<image>\n ", "a")}, r"conversations\[0\].value: is empty", 2),
+        ({"conversations": said("Why?", "a", " ", "b")}, r"conversations\[2\].value: is empty", 2),
+        ({"conversations": said("Why?", "It is [SEG].")}, r"conversations\[1\].value: must not contain \[SEG\]", 2),
+        ({"conversations": said("Why?", "<s>Gone</s>")}, r"conversations\[1\].value: must not contain </s>", 2),
+        ({"conversations": said("Why?", "a", "USER: b ASSISTANT: c", "d")}, r"conversations\[2\].value: .*ASSISTANT:", 2),
+        ({"conversations": said("Why?", "a", "<image>\nAnd?", "d")}, "<image> must stand in the first question alone", 2),
+    ],
+)  # fmt: skip
+def test_a_dialogue_that_cannot_be_used_is_left_out_by_name(tmp_path, caplog, capsys, fields, words, status):
+    """It stopped the training on its way, or gave a picture of another folder that has the same name."""
+    file = vqa(tmp_path, GOOD, {**GOOD, "id": "bad", **fields})
+    assert set(turns_of(tmp_path)) == {"good"}
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert told.startswith(f"{file}: 1 of 2 dialogues are left out: dialogue 1: ") and re.search(words, told)
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "vqa"]) == status
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("note", "broken")))
+    assert f"{file}, dialogue 1: " in line and re.search(words, line) and line.startswith("note" if status == 0 else "broken")
+
+
+def test_left_out_dialogues_are_counted_and_the_first_named(tmp_path, caplog):
+    vqa(tmp_path, 5, *[{**GOOD, "image": None}] * 7, {"image": "a.jpg"}, GOOD)
+    assert len(VqaTraining(tmp_path)) == 1
+    told = caplog.records[0].getMessage()
+    assert "9 of 10 dialogues are left out: dialogue 0: must be an object" in told and told.endswith("; and 6 more")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[]", "must be a list of dialogues, and not an empty one"),
+        (b'{"data": []}', "must be a list of dialogues, found {'data'"),
+        (b'{"a": 1}\n{"b": 2', ", line 2 is no JSON"),
+        (b"null", "must be a list of dialogues, found None"),
+        (b'[{"image": null}]', "none of its 1 dialogues can be used: dialogue 0: lacks the field 'conversations'"),
+        (b"\xff\xfe\xff", "is no UTF-16 text"),
+        ("[{'蓝色': 1}]".encode("gbk"), "line 1: is no UTF-8 text"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        (b"", "is empty"),
+        (None, "is a folder"),
+    ],
+)
+def test_files_of_dialogues_that_are_none(tmp_path, capsys, content, words):
+    file = vqa(tmp_path)
+    file.unlink()
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"llava_instruct_150k.*{words}"):
+        build_train(["vqa"], [1], tmp_path)
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "vqa"]) == 2
+    assert re.search(f"broken .*llava_instruct_150k.json.*{words}", capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------ semantic sets
+
+
+def paco(root, change=lambda content: None, segmentation=((3.0, 2, 9, 2, 9, 8, 3, 8),), write=json.dumps):
+    """Two pictures of PACO, 24 x 32, with one annotation each: the first is given, the other a square."""
+    (root / "vlpart/paco/annotations").mkdir(parents=True, exist_ok=True), (root / "coco").mkdir(exist_ok=True)
+    for name in "ab":
+        Image.fromarray(smooth(24, 32)).save(root / f"coco/{name}.jpg")
+    square = [[3.0, 2, 9, 2, 9, 8, 3, 8]]
+    content = {
+        "images": [{"id": i, "file_name": f"{name}.jpg", "height": 24, "width": 32} for i, name in enumerate("ab")],
+        "annotations": [{"id": 10 + i, "image_id": i, "category_id": i + 1, "segmentation": (segmentation, square)[i]}
+                        for i in range(2)],
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(("bag_(x):strap", "cup", "kite"))],
+    }  # fmt: skip
+    change(content)
+    (root / "vlpart/paco/annotations/paco_lvis_v1_train.json").write_text(write(content))
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [[], None, "abc", 7, [[NAN, 4, 9, 4, 9, 9]], [[3.0, 4, 9, 4, 9]], {"size": [24, 32], "counts": [0, 5]},
+     {"size": [12, 12], "counts": [144]}, {"size": [24, 32]}],
+    ids=str,
+)  # fmt: skip
+def test_annotations_that_cannot_be_drawn_are_drawn_anew_and_counted(tmp_path, caplog, capsys, segmentation):
+    paco(tmp_path, segmentation=segmentation)
+    data = SemSegTraining(tmp_path, "paco_lvis")
+    samples = [data.draw(np.random.default_rng(seed)) for seed in range(30)]
+    true = [sample for sample in samples if sample.meta["mode"] == "true"]
+    assert true and all(Path(sample.image_path).name == "b.jpg" and sample.masks.any() for sample in true)
+    ((fault, count),) = data.redrawn.items()
+    assert "paco_lvis_v1_train.json, annotation 10, segmentation: " in fault and count > 3
+    assert [record.getMessage() for record in caplog.records] == [f"{fault}: another picture is drawn instead"]
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "paco_lvis"]) == 2
+    assert "annotation 10, segmentation: " in capsys.readouterr().out
+    paco(tmp_path, lambda content: content["annotations"].pop(), segmentation)
+    with pytest.raises(ValueError, match="paco_lvis: 100 pictures in a row"):
+        for seed in range(9):
+            SemSegTraining(tmp_path, "paco_lvis").draw(np.random.default_rng(seed))
+
+
+def put(part, number, **fields):
+    return lambda content: content[part][number].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.pop("images"), "its field 'images' must be a list, and it lacks it"),
+        (lambda c: c.update(categories={"1": "cup"}), "its field 'categories' must be a list, found"),
+        (lambda c: c["images"].append("x"), r"images\[2\] has no id: 'x'"),
+        (lambda c: c["annotations"][0].pop("id"), r"annotations\[0\] has no id"),
+        (lambda c: c.update(annotations=[]), "has no annotations of its 2 images"),
+        (put("images", 1, id=0), r"images\[1\], id: 0 is there twice"),
+        (put("categories", 1, id=1), r"categories\[1\], id: 1 is there twice"),
+        (put("annotations", 1, id=10), r"annotations\[1\], id: 10 is there twice"),
+        (put("images", 0, id=[0]), r"images\[0\] has no id"),
+        (put("images", 0, id=True), r"images\[0\] has no id"),
+        (put("images", 0, height="24"), "image 0, height: must be a whole number .*found '24'"),
+        (put("images", 0, width=None), "image 0, width: must be a whole number"),
+        (put("images", 0, width=NAN), "image 0, width: must be a whole number"),
+        (put("images", 0, height=0.5), "image 0, height: must be a whole number"),
+        (put("images", 0, height=10**8, width=10**8), "image 0: 100000000 x 100000000 is no size of a picture"),
+        (put("images", 0, file_name=None), "image 0, file_name: must be a file name, found None"),
+        (put("annotations", 0, image_id=5), "annotation 10, image_id: there is no 5"),
+        (put("annotations", 0, image_id="0"), "annotation 10, image_id: there is no '0'"),
+        (put("annotations", 0, category_id=[1]), r"annotation 10, category_id: there is no \[1\]"),
+        (lambda c: c["annotations"][0].pop("category_id"), "annotation 10, category_id: there is no None"),
+        (put("categories", 0, name=None), "category 1, name: must be text, found None"),
+        (put("categories", 0, name=" "), "category 1, name: is empty"),
+        (put("categories", 0, name="a:b:c"), "category 1, name: must be an object or object:part"),
+        (put("categories", 0, name="bag:"), "category 1, name: must be an object or object:part"),
+        (put("categories", 0, name="the [SEG] bag"), r"category 1, name: must not contain \[SEG\]"),
+    ],
+)
+def test_coco_records_of_parts_are_looked_at_when_they_are_opened(tmp_path, capsys, change, words):
+    """pycocotools takes the last of two records with one id, and stops at a missing field with its name alone."""
+    paco(tmp_path, change)
+    with pytest.raises(ValueError, match=f"paco_lvis_v1_train.json.*{words}"):
+        build_train(["sem_seg"], [1], tmp_path, sem_seg_data="paco_lvis")
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "paco_lvis"]) == 2
+    assert re.search(f"broken .*{words}", capsys.readouterr().out)
+
+
+def mapillary(root, labels=None, stored=None):
+    """One picture of Mapillary, 24 x 32, whose classes are `labels` and whose label map is `stored`."""
+    folder = root / "mapillary/training"
+    for made in ("images", "v2.0/labels"):
+        (folder / made).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(smooth(24, 32)).save(folder / "images/a.jpg")
+    Image.fromarray(np.ones((24, 32), np.uint8) if stored is None else stored).save(folder / "v2.0/labels/a.png")
+    config = {"labels": [{"readable": "Bird"}, {"readable": "Cup"}] if labels is None else labels}
+    (root / "mapillary/config_v2.0.json").write_text(json.dumps(config))
+    return folder / "v2.0/labels"
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [([], "labels: must be a list of classes"), ({"a": 1}, "labels: must be a list of classes"), ("x", "labels: must be a list"),
+     (["bird"], r"labels\[0\]: must be a JSON object"), ([{}], r"labels\[0\], readable: must be text, found None"),
+     ([{"readable": "Bird"}, {"readable": " "}], r"labels\[1\], readable: is empty"),
+     ([{"readable": "a </s> bird"}], r"labels\[0\], readable: must not contain </s>")],
+)  # fmt: skip
+def test_names_of_classes_are_looked_at_when_they_are_opened(tmp_path, labels, words):
+    mapillary(tmp_path, labels)
+    with pytest.raises(ValueError, match=f"config_v2.0.json, {words}"):
+        SemSegTraining(tmp_path, "mapillary")
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        (np.full((24, 32), 2, np.uint8), "class number 2, but there are 2 classes"),
+        (np.full((24, 32), 257, np.uint16), "class number 257, but there are 2 classes"),  # in 8 bits it was class 1
+        (np.full((24, 32), 65535, np.uint16), "class number 65535"),
+        (np.zeros((24, 32, 3), np.uint8), "is no label map: it has colours"),
+    ],
+    ids=["number", "16 bits", "most", "colours"],
+)
+def test_label_maps_that_are_none_are_named(tmp_path, capsys, stored, words):
+    mapillary(tmp_path, stored=stored)
+    with pytest.raises(ValueError, match=f"labels/a.png.*{words}"):
+        SemSegTraining(tmp_path, "mapillary").draw(np.random.default_rng(0))
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "mapillary"]) == 2
+    assert f"a.png: {words}" in capsys.readouterr().out.replace(" is no", ": is no")
+
+
+def test_a_label_map_of_16_bits_and_another_size(tmp_path, capsys):
+    folder = mapillary(tmp_path, stored=np.ones((24, 32), np.uint16))
+    samples = [SemSegTraining(tmp_path, "mapillary").draw(np.random.default_rng(seed)) for seed in range(9)]
+    assert {s.questions[0] for s in samples if s.masks.all() and len(s.masks)} == {"cup"}
+    (folder / "._a.png").write_bytes(b"\0\5\x16\7"), (folder / "b.png").mkdir()
+    assert len(SemSegTraining(tmp_path, "mapillary")) == 1
+    mapillary(tmp_path, stored=np.ones((32, 24), np.uint8))
+    for seed in range(9):  # also where the picture is asked for what it does not show
+        with pytest.raises(ValueError, match=r"a.jpg has 24 x 32 pixels .*labels/a.png is for 32 x 24"):
+            SemSegTraining(tmp_path, "mapillary").draw(np.random.default_rng(seed))
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "mapillary", "--pictures"]) == 2
+    assert "a.jpg has 24 x 32 pixels" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ own data, parts

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -106,6 +107,72 @@ def test_ignore_regions_as_the_original_trains_them_or_really(mini):
     assert mask[2, 2] == 1 and mask[6, 6] == 255 and mask[10, 10] == 0
     kept = ReasonTraining(mini, ignore="ignored")
     assert any(255 in kept.draw(np.random.default_rng(i)).masks for i in range(40))
+
+
+def test_of_shapes_of_equal_area_the_earlier_wins():
+    """The original sorts by area with NumPy, turns the order round, and draws: the later of two equal ones is drawn first."""
+    left = {"label": "target", "points": [[1, 1], [6, 1], [6, 6], [1, 6]]}
+    right = {"label": "ignore", "points": [[4, 1], [9, 1], [9, 6], [4, 6]]}
+    assert draw_mask([left, right], 9, 12)[3, 4:7].tolist() == [1, 1, 1]
+    assert draw_mask([right, left], 9, 12)[3, 4:7].tolist() == [255, 255, 255]
+    assert draw_mask([left, {**right, "points": right["points"][:3]}], 9, 12)[3, 6] == 255  # smaller: drawn last
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):  # squares of two sizes at random places, by the rule written out
+        corners, sides = rng.integers(0, 20, (8, 2)), rng.choice([4, 7], 8)
+        labels = rng.choice(["target", "ignore"], 8).tolist()
+        expected = np.zeros((30, 30), np.uint8)
+        areas = [(side + 1) ** 2 for side in sides]
+        for i in np.argsort(areas, kind="stable")[::-1]:
+            (x, y), side = corners[i], sides[i]
+            expected[y : y + side + 1, x : x + side + 1] = 1 if labels[i] == "target" else 255
+        shapes = [{"label": label, "points": [[x, y], [x + s, y], [x + s, y + s], [x, y + s]]}
+                  for label, (x, y), s in zip(labels, corners.tolist(), sides.tolist(), strict=True)]  # fmt: skip
+        assert np.array_equal(draw_mask(shapes, 30, 30), expected)
+
+
+def test_short_questions_are_lower_cased_and_false_premises_asked_as_written(tmp_path):
+    """The original lower-cases the short questions of what is there, and no false premise."""
+    from dataset.mini.write import write_reason_seg
+    from dataset.reason_seg import ReasonTraining
+
+    write_reason_seg(tmp_path, 0, {"train": 1, "val": 1})
+    for file in tmp_path.rglob("*.json"):
+        content = json.loads(file.read_text())
+        false = [["The RED Kite", False, "There is none."], ["Where is Bob's KITE?", 1, "Nowhere."]]
+        file.write_text(json.dumps({**content, "text": ["The CUP of Tea"], "is_sentence": 0, "false_premise_QA": false}))
+    data = ReasonTraining(tmp_path, k=2)
+    drawn = [data.draw(np.random.default_rng(seed)) for seed in range(40)]
+    asked = {(exists, turns[0][0].find("the cup of tea") >= 0, "The RED Kite" in turns[0][0], "Bob's KITE?" in turns[0][0])
+             for sample in drawn for turns, exists in zip(sample.conversations, sample.exists, strict=True)}  # fmt: skip
+    assert asked == {(True, True, False, False), (False, False, True, False), (False, False, False, True)}
+    for kind in ("fixed", "random"):
+        item = build_eval("ReasonSeg", "val", tmp_path, protocol="generate", templates=kind)[0]
+        questions = [turns[0][0] for turns in item.conversations]
+        assert item.exists == [True, False, False] and item.meta["is_sentence"] == [False, False, True]
+        assert "the cup of tea" in questions[0] and "The RED Kite" in questions[1] and "Bob's KITE?" in questions[2]
+
+
+def test_mini_writes_run_lengths_as_refer_has_them(mini):
+    """The original's reader: polygons if the first entry is a list, else `mask.decode` of the whole list, counts encoded."""
+    from pycocotools import mask as coco_mask
+
+    kinds = set()
+    for name in SPLIT_BY:
+        refer = Refer(mini, name)
+        sizes = {image["id"]: (image["height"], image["width"]) for image in refer.images.values()}
+        for note in refer.annotations.values():
+            found = note["segmentation"]
+            kinds.add(type(found[0]))
+            if isinstance(found[0], list):
+                found = coco_mask.frPyObjects(found, *sizes[note["image_id"]])
+            else:
+                found = [{**rle, "counts": rle["counts"].encode()} for rle in found]
+            mask = np.minimum(np.sum(coco_mask.decode(found), axis=2), 1)
+            assert np.array_equal(mask, refer.mask(note["id"], *sizes[note["image_id"]])) and mask.any()
+    assert kinds == {list, dict}
+    for file in ("vlpart/pascal_part/train.json", "own/coco/instances_train.json"):  # COCO has a single one
+        assert {type(note["segmentation"]) for note in json.loads((mini / file).read_text())["annotations"]} == {list, dict}
 
 
 def test_label_maps_are_numbered_as_their_sets_do(mini):
@@ -212,19 +279,23 @@ def test_dialogues_keep_their_turns_and_have_no_masks(mini, tmp_path):
     mixture = build_train(["vqa", "reason_seg"], [1, 1], mini)
     assert {mixture.sample(0, i).meta["dataset"] for i in range(20)} == {"llava_instruct_150k", "ReasonSeg"}
 
+
+def test_files_without_a_dialogue_that_can_be_used(tmp_path):
+    from dataset.vqa import VqaTraining
+
     folder = tmp_path / "llava_dataset"
     folder.mkdir()
     (tmp_path / "coco/train2017").mkdir(parents=True)
     for content, words in (
         ("[]", "must be a list"),
         ("{", "no JSON"),
-        ('[{"image": "a.jpg"}]', "dialogue 0 lacks the field 'conversations'"),
+        ('[{"image": "a.jpg"}]', "dialogue 0: lacks the field 'conversations'"),
         ('[{"image": "a.jpg", "conversations": [{"from": "human", "value": "Why?"}]}]', "must alternate"),
         ('[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]', "lacks the field 'image'"),
     ):
         (folder / "llava_instruct_150k.json").write_text(content)
         with pytest.raises(ValueError, match=words):
-            VqaTraining(tmp_path).draw(np.random.default_rng(0))
+            VqaTraining(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ mixture
@@ -386,8 +457,6 @@ def test_check_says_what_is_missing_and_broken(mini, tmp_path, capsys):
 
     assert main(["--dataset_dir", str(tmp_path)]) == 1
     assert "trains   nothing" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no data set 'grefcoco'"):
-        main(["--dataset_dir", str(mini), "--dataset", "grefcoco"])
     copy = copytree(mini, tmp_path / "copy")
     rmtree(copy / "refer_seg/R-refcocog")
     assert main(["--dataset_dir", str(copy), "--dataset", "neg_refer_seg"]) == 1  # asked for, and not all there
@@ -405,3 +474,34 @@ def test_check_says_what_is_missing_and_broken(mini, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{note} lacks the field" in out and f"{picture.file_name} does not exist" in out
     assert f"has no annotation {picture.sentences[0]['ann_id']}" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dataset_dir", "{mini}", "--dataset", "grefcoco"], "no data set 'grefcoco'"),
+        (["--dataset_dir", "{mini}", "--dataset", "vqa||"], "no data set ''"),
+        (["--dataset_dir", "{mini}/nowhere"], "--dataset_dir .*nowhere does not exist"),
+        (["--dataset_dir", "{mini}/coco/train2017/000000000000.jpg"], "--dataset_dir .*jpg is no folder"),
+        (["--own_data", ""], "--own_data '': a path is empty"),
+        (["--own_data", "{mini}/own/table||"], "--own_data .*: a path is empty"),
+    ],
+)
+def test_check_ends_with_one_line_where_a_flag_is_wrong(mini, capsys, flags, words):
+    from dataset.check import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([flag.format(mini=mini) for flag in flags])
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and told.out == "" and re.fullmatch(f"dataset.check: {words}.*\n", told.err)
+
+
+def test_empty_members_of_a_mixture_are_refused(mini):
+    for flags in ({"sem_seg_data": "ade20k||"}, {"sem_seg_data": ""}):
+        with pytest.raises(ValueError, match="the data set 'sem_seg' has an empty member"):
+            build_train(["sem_seg"], [1], mini, **flags)
+    with pytest.raises(ValueError, match="the data set 'own' has an empty member"):  # it would be the working directory
+        build_train(["own"], [1], mini, own_data=f"{mini}/own/table||")
+    for name in ("", "~nobody-here/data"):
+        with pytest.raises(ValueError, match="no evaluation set"):
+            build_eval(name, "val", mini)
