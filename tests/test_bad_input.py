@@ -4,10 +4,14 @@ What is wrong with a whole data set is told when it is opened, what is wrong wit
 that an evaluation can go on with the next one.
 """
 
+import argparse
+import contextlib
+import io
 import json
 import pickle
 import re
 import resource
+import struct
 import time
 import zlib
 from dataclasses import replace
@@ -16,8 +20,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, features
 from pycocotools import mask as coco_mask
 from tiny import tiny_config
 from transformers import CLIPImageProcessorPil
@@ -33,7 +38,8 @@ from dataset.vqa import VqaTraining
 from model import READForCausalLM, READProcessor, SaspConfig, losses, select_points
 from model.losses import mask_on_token_grid
 from model.sasp import fine_map_matrices
-from utils.image import SLIM, image_views, read_image
+from utils.cli import add_image_flags
+from utils.image import SLIM, decode_image, image_views, open_stored, read_image
 from utils.tokenizer import load_tokenizer
 
 BASE = Path(__file__).resolve().parents[1] / "assets/read-mini-base"
@@ -129,7 +135,7 @@ def test_exif_turns_the_picture(tmp_path, orientation):
 
 def bomb(file):
     """A PNG that says it has 10^10 pixels."""
-    Image.fromarray(RGB).save(file)
+    Image.fromarray(RGB).save(file, format="PNG")
     data = bytearray(file.read_bytes())
     data[16:24] = (100_000).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
@@ -155,14 +161,14 @@ def preview(file):
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (lambda file: file.write_bytes(b""), "is an empty file"),
+        (lambda file: file.write_bytes(b""), "is empty"),
         (lambda file: file.write_text("no picture\n" * 20), "cannot be read"),
         (lambda file: file.mkdir(), "is a folder"),
-        (bomb, "cannot be read"),
+        (bomb, "has 100000 x 100000 pixels, 10000 megapixels; at most 178 are read"),
         (cut(0.02), "is cut short"),
         (cut(0.9), "is cut short"),
         (cut(0.5, progressive=True), "is cut short"),
-        (cut(0.5, format="PNG"), "cannot be read"),
+        (cut(0.5, format="PNG"), "is cut short"),
         (lambda file: (cut(0.5)(file), file.write_bytes(file.read_bytes() + bytes(5000))), "is cut short"),
         (preview, "is cut short"),
     ],
@@ -181,6 +187,301 @@ def test_what_stands_behind_a_whole_picture_does_not_matter(tmp_path):
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes() + b"a film of the moment" * 50)
     assert np.array_equal(read_image(tmp_path / "a.jpg"), whole)
 
+
+# ------------------------------------------------------------------------------------------------ damage, size, meaning
+
+PHOTO = np.clip(smooth(150, 200).astype(int) + np.random.default_rng(2).integers(-12, 12, (150, 200, 3)), 0, 255).astype(np.uint8)
+
+
+def bytes_of(kind, array=PHOTO, mode="RGB", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def after_headers(data, inserted):
+    """A JPEG with bytes in front of its first quantisation table."""
+    place = data.index(b"\xff\xdb")
+    return data[:place] + inserted + data[place:]
+
+
+def with_scan_numbers(data):
+    """Spectral selection 0 to 0, as some phones write it."""
+    place = data.index(b"\xff\xda") + 2 + 12 - 3
+    return data[:place] + b"\0\0\0" + data[place + 3 :]
+
+
+ODD_JPEGS = {
+    "progressive": bytes_of("JPEG", progressive=True),
+    "restart marks": bytes_of("JPEG", restart_marker_rows=1),
+    "full colour": bytes_of("JPEG", subsampling=0),
+    "grey": bytes_of("JPEG", mode="L"),
+    "CMYK": bytes_of("JPEG", mode="CMYK"),
+    "a colour profile that is none": bytes_of("JPEG", icc_profile=b"no profile" * 20),
+    "several images": bytes_of("MPO", save_all=True, append_images=[Image.fromarray(255 - PHOTO)]),
+    "bytes behind": bytes_of("JPEG") + b"a film of the moment" * 50,
+    "bytes between segments": after_headers(bytes_of("JPEG"), b"nonsense"),
+    "fill bytes": after_headers(bytes_of("JPEG"), b"\xff" * 9),
+    "padding": bytes_of("JPEG")[:-2] + b"\0" * 12 + b"\xff\xd9",
+    "a phone's scan numbers": with_scan_numbers(bytes_of("JPEG")),
+    "a comment with an end mark": after_headers(bytes_of("JPEG"), b"\xff\xfe\0\x08\xff\xd9ab\xff\xd9"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_JPEGS)
+def test_odd_jpegs_that_are_whole_are_read_as_opencv_reads_them(name):
+    data = ODD_JPEGS[name]
+    expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert np.array_equal(decode_image(data, "a.jpg"), expected)
+
+
+def overwritten(data, place, rng, size):
+    return data[:place] + rng.bytes(size) + data[place + size :]
+
+
+def zeroed(data, place, rng, size):
+    return data[:place] + bytes(size) + data[place + size :]
+
+
+def missing(data, place, rng, size):
+    return data[:place] + data[place + size :]
+
+
+def doubled(data, place, rng, size):
+    return data[: place + size] + data[place:]
+
+
+@pytest.mark.parametrize("damage", [overwritten, zeroed, missing, doubled])
+@pytest.mark.parametrize("name", ["full colour", "grey", "CMYK", "restart marks", "bytes behind", "a phone's scan numbers"])
+def test_a_jpeg_that_is_damaged_within_its_pixels_is_named(capfd, name, damage):
+    """libjpeg makes grey or shifted pixels of it and warns on stderr alone."""
+    data, rng = ODD_JPEGS[name], np.random.default_rng(0)
+    begin, end = data.index(b"\xff\xda") + 20, data.rindex(b"\xff\xd9")
+    end = min(end, begin + len(bytes_of("JPEG")) - 700) if name == "bytes behind" else end
+    for place in rng.integers(begin, end - 700, 12):
+        with pytest.raises(ValueError, match="a.jpg is (damaged|cut short).*: copy or download it again"):
+            decode_image(damage(data, int(place), rng, 600), "a.jpg")
+    assert capfd.readouterr().err == ""
+
+
+WHOLE = {
+    "png": bytes_of("PNG"), "palette.png": bytes_of("PNG", mode="P"), "webp": bytes_of("WEBP", quality=90),
+    "lossless.webp": bytes_of("WEBP", lossless=True), "gif": bytes_of("GIF"), "bmp": bytes_of("BMP"), "tif": bytes_of("TIFF"),
+    "lzw.tif": bytes_of("TIFF", compression="tiff_lzw"), "deflate.tif": bytes_of("TIFF", compression="tiff_deflate"),
+    "jp2": bytes_of("JPEG2000"), "ppm": bytes_of("PPM"), "jpg": bytes_of("JPEG"),
+    "progressive.jpg": bytes_of("JPEG", progressive=True),
+    "animated.gif": bytes_of("GIF", save_all=True, append_images=[Image.fromarray(255 - PHOTO)]),
+    "animated.webp": bytes_of("WEBP", save_all=True, append_images=[Image.fromarray(255 - PHOTO)]),
+    "pages.tif": bytes_of("TIFF", save_all=True, append_images=[Image.fromarray(255 - PHOTO)]),
+}  # fmt: skip
+if features.check("avif"):
+    WHOLE["avif"] = bytes_of("AVIF")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_file_that_is_cut_is_named_or_read_whole(name, capfd, recwarn):
+    """Never partly grey; the first image of several may be whole although others are cut."""
+    data = WHOLE[name]
+    whole = decode_image(data, "whole")
+    shares = (0.001, 0.01, 0.1, 0.3, 0.5, 0.8, 0.95, 0.99)
+    for kept in (*(int(len(data) * share) for share in shares), len(data) - 3, len(data) - 1):
+        with contextlib.suppress(ValueError):
+            assert np.array_equal(decode_image(data[:kept], f"cut.{name}"), whole), kept
+    with pytest.raises(ValueError, match=f"^cut.{name} .*(cut short|damaged|cannot be read)"):
+        decode_image(data[: len(data) // 3], f"cut.{name}")
+    assert capfd.readouterr().err == "" and not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("png", "is damaged .checksum of 'IDAT'"), ("lzw.tif", "is damaged"), ("gif", "cannot be read: it is damaged")],
+)
+def test_overwritten_bytes_are_noticed_where_the_kind_allows(name, words):
+    data = WHOLE[name]
+    with pytest.raises(ValueError, match=words):
+        decode_image(zeroed(data, len(data) // 2, None, 300), "a")
+
+
+def claims(name, find, width, height, form, offset=0):
+    """A file of 200 x 150 pixels whose header says something else."""
+    data = bytearray(WHOLE[name])
+    struct.pack_into(form, data, data.index(find) + offset, *((height, width) if "jpg" in name else (width, height)))
+    return bytes(data)
+
+
+BOMBS = {
+    "jpg": claims("jpg", b"\xff\xc0", 65000, 65000, ">HH", 5),
+    "progressive.jpg": claims("progressive.jpg", b"\xff\xc2", 65000, 65000, ">HH", 5),
+    "filled.jpg": after_headers(claims("jpg", b"\xff\xc0", 65000, 65000, ">HH", 5), b"\xff" * 5 + b"\x01ab"),
+    "png": claims("png", b"IHDR", 30000, 30000, ">II", 4),
+    "gif": claims("gif", b"GIF", 60000, 60000, "<HH", 6),
+    "bmp": claims("bmp", b"BM", 100000, -100000, "<ii", 18),
+    "tif": WHOLE["tif"].replace(struct.pack("<HHII", 256, 4, 1, 200), struct.pack("<HHII", 256, 4, 1, 2000000)),
+    "webp": claims("webp", b"VP8 ", 16383, 16383, "<HH", 14),
+    "jp2": claims("jp2", b"\xff\x4f\xff\x51", 100000, 100000, ">II", 8),
+    "ppm": b"P6 # a comment\n100000\t100000 255\n" + bytes(90),
+    "pbm": b"P4\n100000 100000\n" + bytes(90),
+    "ras": b"Y\xa6j\x95" + struct.pack(">7I", 100000, 100000, 24, 0, 1, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_file_that_claims_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch, name):
+    def decode(*_, **__):
+        raise AssertionError("a decoder was called")
+
+    for module, function in ((cv2, "imdecode"), (simplejpeg, "decode_jpeg"), (ImageFile.ImageFile, "load")):
+        monkeypatch.setattr(module, function, decode)
+    (tmp_path / name).write_bytes(BOMBS[name])
+    with pytest.raises(ValueError, match=f"image .*{name} has .* megapixels; at most 178 are read: .*--max_megapixels"):
+        read_image(tmp_path / name)
+    with pytest.raises(ValueError, match="at most 178 are read"), open_stored(tmp_path / name):
+        pass
+
+
+def test_a_file_within_the_limit_that_holds_less_than_it_claims_takes_no_memory():
+    """13 KB of JPEG claimed 65000 x 65000 pixels and took 5.3 GB; this one claims 65000 x 2700, which may be."""
+    before = memory()
+    with pytest.raises(ValueError, match="damaged within its pixels"):
+        decode_image(claims("jpg", b"\xff\xc0", 65000, 2700, ">HH", 5), "a.jpg")
+    assert memory() - before < 200
+
+
+class Files(torch.utils.data.Dataset):
+    def __init__(self, file):
+        self.file = file
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            return str(read_image(self.file).shape)
+        except ValueError as error:
+            return str(error)
+
+
+def test_the_limit_is_a_flag_and_holds_in_workers(tmp_path, monkeypatch):
+    monkeypatch.setenv("READ_MAX_MEGAPIXELS", "178")
+    Image.new("L", (1200, 1000)).save(tmp_path / "a.png")
+    parser = argparse.ArgumentParser()
+    add_image_flags(parser)
+    for typed, words in ((["--max_megapixels", "1"], "at most 1 are read"), (["--max_megapixels", "2"], "(1000, 1200, 3)")):
+        parser.parse_args(typed)
+        (said,) = next(iter(torch.utils.data.DataLoader(Files(tmp_path / "a.png"), num_workers=1)))
+        assert words in said
+    for typed in ("0", "-3", "many", "1.5"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--max_megapixels", typed])
+    for wrong in ("", "many", "0", "-1", "1e3", "9" * 5000):
+        monkeypatch.setenv("READ_MAX_MEGAPIXELS", wrong)
+        with pytest.raises(ValueError, match="READ_MAX_MEGAPIXELS: must be a whole number"):
+            read_image(tmp_path / "a.png")
+
+
+def tiff(array, bits=8, bands=1, meaning=1, numbers=1, **more):
+    """An uncompressed TIFF of what `array` holds, with tags that say what it is."""
+    height, width = array.shape[:2]
+    place = 8 + 2 + 12 * (10 + len(more)) + 4
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: meaning, 273: place, 277: bands, 278: height, 279: array.nbytes,
+            339: numbers, **{int(tag[1:]): value for tag, value in more.items()}}  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + array.tobytes()
+
+
+NO_COLOURS = {
+    "floating point": (tiff(PHOTO[..., 0].astype("<f4") / 255, 32, numbers=3), "TIFF of 1 band of 32 bits, floating-point"),
+    "half floating point": (tiff(PHOTO[..., 0].astype("<f2") / 255, 16, numbers=3), "TIFF of 1 band of 16 bits, floating-point"),
+    "signed": (tiff(PHOTO[..., 0].astype("<i2"), 16, numbers=2), "TIFF of 1 band of 16 bits, signed"),
+    "signed bytes": (tiff((PHOTO[..., 0] // 2).astype("i1"), 8, numbers=2), "TIFF of 1 band of 8 bits, signed"),
+    "32 bits": (tiff(PHOTO[..., 0].astype("<u4"), 32), "TIFF of 1 band of 32 bits"),
+    "12 bits": (tiff(np.zeros((4, 12), np.uint8), 12), "TIFF of 1 band of 12 bits"),
+    "five bands": (tiff(np.dstack([PHOTO, PHOTO[..., :2]]), bands=5, meaning=2), "TIFF of 5 bands of 8 bits"),
+    "three bands that are no RGB": (tiff(PHOTO, bands=3), "TIFF of 3 bands of 8 bits whose tags do not say"),
+    "Lab": (tiff(PHOTO, bands=3, meaning=8), "photometric interpretation 8"),
+    "a camera's raw file": (tiff(PHOTO, bands=3, meaning=2, _254=1), "begins with a preview"),
+    "PIL's float": (bytes_of("TIFF", mode="F"), "TIFF of 1 band of 32 bits, floating-point"),
+    "PIL's int": (bytes_of("TIFF", mode="I"), "TIFF of 1 band of 32 bits"),
+    "PGM of a camera": (b"P5\n4 4\n1023\n" + bytes(32), "has a maximum of 1023"),
+    "dark PGM": (b"P5\n4 4\n100\n" + bytes(16), "has a maximum of 100"),
+    "PFM": (b"PF\n4 4\n-1.0\n" + bytes(192), "floating-point light"),
+    "HDR": (b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 1 +X 1\n" + bytes(4), "floating-point light"),
+}
+
+
+@pytest.mark.parametrize("name", NO_COLOURS)
+def test_numbers_that_have_no_one_meaning_as_colours_are_refused_by_name(name):
+    """Read all the same, they would be black, clipped, or the first band alone."""
+    data, words = NO_COLOURS[name]
+    with pytest.raises(ValueError, match=f"^image x .*{words}"):
+        decode_image(data, "image x")
+
+
+def test_tiff_of_usual_tags_is_read():
+    """The helper above writes what OpenCV reads, so that the refusals are for the tags."""
+    assert np.array_equal(decode_image(tiff(PHOTO, bands=3, meaning=2), "a"), PHOTO)
+    grey = np.repeat(PHOTO[..., :1], 3, axis=2)
+    assert np.array_equal(decode_image(tiff(PHOTO[..., 0]), "a"), grey)
+    assert np.array_equal(decode_image(tiff(PHOTO[..., 0].astype("<u2") * 257, 16), "a"), grey)
+    assert np.array_equal(decode_image(tiff(PHOTO[..., 0], meaning=0), "a"), 255 - grey)
+    infrared = np.dstack([PHOTO, PHOTO[..., 0]])
+    assert np.array_equal(decode_image(tiff(infrared, bands=4, meaning=2, _338=0), "a"), PHOTO)
+
+
+def test_alpha_of_a_tiff_is_dropped_too(tmp_path):
+    Image.fromarray(np.dstack([RGB, ALPHA])).save(tmp_path / "a.tif")
+    assert np.array_equal(read_image(tmp_path / "a.tif"), RGB)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+@pytest.mark.parametrize("orientation", [1, 2, 6, 8])
+def test_exif_turns_avif(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(RGB).save(tmp_path / "a.avif", exif=exif, quality=98, subsampling="4:4:4")
+    seen = {1: RGB, 2: RGB[:, ::-1], 6: np.rot90(RGB, -1), 8: np.rot90(RGB)}[orientation]
+    image = read_image(tmp_path / "a.avif")
+    assert image.shape == seen.shape and np.abs(image.astype(int) - seen).max() <= 12
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"<!DOCTYPE html><html>403 Forbidden</html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS"),
+        (b" \n\n", "is empty"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot be read: it is a drawing"),
+        (b"%PDF-1.7 ...", "cannot be read: it is a document"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "cannot be read: it is HEIC"),
+        (b"\xff\xd8\xff", "is cut short or damaged in its header"),
+        (b"\x89PNG\r\n\x1a\n", "is cut short or damaged in its header"),
+        (b"II*\0\xff\xff\xff\xff", "is cut short or damaged in its header"),
+        (b"BM", "is cut short or damaged in its header"),
+        (bytes(5000), "cannot be read: it is not an image"),
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_what_is_no_image_is_said_to_be_what_it_is(tmp_path, data, words):
+    (tmp_path / "a.jpg").write_bytes(data)
+    for read in (read_image, lambda file: open_stored(file).__enter__()):
+        with pytest.raises(ValueError, match=f"a.jpg {words}"):
+            read(tmp_path / "a.jpg")
+
+
+def test_stored_numbers_are_those_of_the_file(tmp_path):
+    """For masks: indices of a palette, 16 bits, 32 bits; and a cut or damaged file is named here too."""
+    deep = DEEP[..., 0]
+    for name, write, numbers in (
+        ("palette.png", pil(PALETTE), np.asarray(PALETTE)),
+        ("deep.png", pil(deep), deep),
+        ("wide.tif", pil(deep.astype(np.int32), "I"), deep),
+    ):
+        write(tmp_path / name)
+        with open_stored(tmp_path / name) as image:
+            assert np.array_equal(np.asarray(image), numbers), name
+    (tmp_path / "cut.png").write_bytes(WHOLE["palette.png"][:-300])
+    with pytest.raises(ValueError, match="cut.png is cut short"), open_stored(tmp_path / "cut.png"):
+        pass
 
 # ------------------------------------------------------------------------------------------------ odd sizes
 
@@ -927,7 +1228,7 @@ def test_own_data_refuse_what_the_others_refuse(tmp_path):
     with pytest.raises(ValueError, match=r"a.json, shapes\[0\]: points: \[nan, 1.0\] is no place"):
         build_eval(str(tmp_path / "me"), "train", ".")
     (tmp_path / "coco/a.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="a.jpg is an empty file"):
+    with pytest.raises(ValueError, match="a.jpg is empty"):
         build_eval(own_coco(tmp_path / "other", [[3.0, 2, 9, 2, 9, 8]]), "train", "."), read_image(tmp_path / "coco/a.jpg")
 
 

@@ -1,17 +1,21 @@
 """READ as a library: one picture or many, typed results, and the formats they are given on in."""
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from tiny_training import CKPT, needs_ckpt
 
 from dataset.mini import world
 from dataset.reason_seg import draw_mask
 from model import Answer, READPredictor, SaspConfig
+from model.predictor import to_array
+from utils.image import read_image
 
 pytestmark = needs_ckpt
 QUESTIONS = ["the red bag", "Which of these can one drink from?", "sneaker on the left"]
@@ -83,15 +87,199 @@ def test_masks_are_given_on(predictor: READPredictor, pictures: list[np.ndarray]
     assert np.array_equal(draw_mask(content["shapes"], 40, 60) == 1, mask)
 
 
-def test_what_does_not_fit_is_said(predictor: READPredictor, pictures: list[np.ndarray]) -> None:
-    with pytest.raises(ValueError, match="2 pictures for 3 questions"):
-        predictor.ask(pictures[:2], QUESTIONS)
-    with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8 RGB"):
-        predictor.ask(pictures[0].astype(float), QUESTIONS[0])
-    with pytest.raises(ValueError, match="<image>"):
-        predictor.ask(pictures[0], "what is <image>?")
+# ------------------------------------------------------------------------------------------------ images and questions as given
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+ALPHA = np.random.default_rng(1).integers(0, 256, (30, 40, 1), dtype=np.uint8)
+RGBA = Image.fromarray(np.dstack([COLOURS, ALPHA]))
+DEEP = Image.fromarray(np.random.default_rng(2).integers(0, 65536, (30, 40), dtype=np.uint16))
+RGB = Image.fromarray(COLOURS)
+KINDS = [
+    ("rgb.png", RGB, {}), ("grey.png", RGB.convert("L"), {}), ("bits.png", RGB.convert("1"), {}), ("deep.png", DEEP, {}),
+    ("deep.tif", DEEP, {}), ("grey_alpha.png", Image.fromarray(np.dstack([COLOURS[..., :1], ALPHA])), {}),
+    ("alpha.png", RGBA, {}), ("alpha.tif", RGBA, {}), ("alpha.webp", RGBA, {"lossless": True, "exact": True}),
+    ("palette.png", RGB.quantize(16), {}), ("palette.gif", RGB.quantize(16), {}), ("palette.tif", RGB.quantize(16), {}),
+    ("transparent.png", RGB.quantize(16), {"transparency": 3}),
+    ("half_transparent.png", RGB.quantize(16), {"transparency": bytes(range(0, 160, 10))}),
+    ("cmyk.tif", RGB.convert("CMYK"), {}), ("rgb.bmp", RGB, {}), ("rgb.tif", RGB, {}), ("rgb.jp2", RGB, {}),
+    ("deep.jp2", DEEP, {}),
+    ("animated.gif", RGB.quantize(16), {"save_all": True, "append_images": [RGB.convert("L").quantize(16)]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "image", "options"), KINDS, ids=[kind[0] for kind in KINDS])
+def test_a_pil_image_gives_what_its_file_gives(tmp_path: Path, recwarn, name: str, image: Image.Image, options: dict) -> None:
+    image.save(tmp_path / name, **options)
+    expected = read_image(tmp_path / name)
+    with Image.open(tmp_path / name) as opened:
+        found = to_array(opened)
+    assert found.dtype == np.uint8 and np.array_equal(found, expected) and not recwarn.list
+    assert len(np.unique(found)) > 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image", [RGB, DEEP], ids=["rgb", "deep"])
+def test_a_pil_image_is_turned_as_its_file_is(tmp_path: Path, image: Image.Image, orientation: int) -> None:
+    """Also after `convert`, which keeps the EXIF data; not after it was turned once, which drops them."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    expected = read_image(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        given = [opened, ImageOps.exif_transpose(opened)] + ([opened.convert("RGB")] if image is RGB else [])
+        for each in given:
+            assert np.array_equal(to_array(each), expected)
+
+
+def test_16_bits_without_a_file_are_the_upper_8() -> None:
+    upper = np.asarray(DEEP) >> 8
+    for image in (DEEP, Image.frombytes("I;16B", DEEP.size, np.asarray(DEEP).astype(">u2").tobytes())):
+        assert np.array_equal(to_array(image), np.stack([upper] * 3, axis=2))
+
+
+def unreadable(tmp_path: Path) -> Image.Image:
+    RGB.save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:1500])
+    return Image.open(tmp_path / "cut.png")
+
+
+NO_IMAGES = {
+    "PIL float": (RGB.convert("F"), "mode F"),
+    "PIL 32 bits": (RGB.convert("I"), "mode I,"),
+    "PIL Lab": (Image.new("LAB", (4, 4)), "mode LAB"),
+    "PIL premultiplied": (Image.new("RGBa", (4, 4)), "mode RGBa"),
+    "PIL without pixels": (Image.new("RGB", (0, 4)), "has 0 x 4 pixels"),
+    "PIL of a cut file": (unreadable, "cannot be read"),
+    "grey array": (COLOURS[..., 0], r"\(30, 40\) uint8: make three equal channels"),
+    "float array": (COLOURS / 255.0, "float64: convert values 0 to 1"),
+    "16 bit array": (COLOURS.astype(np.uint16), "uint16"),
+    "bool array": (COLOURS > 9, "bool"),
+    "alpha array": (np.dstack([COLOURS, ALPHA]), "drop alpha"),
+    "channels first": (COLOURS.transpose(2, 0, 1), "channels come last"),
+    "one channel": (COLOURS[..., :1], r"\(30, 40, 1\)"),
+    "a batch": (COLOURS[None], "give a list"),
+    "an empty array": (np.zeros((0, 5, 3), np.uint8), "has no pixels"),
+    "an array of nothing": (np.array(None), r"found \(\) object"),
+    "a tensor": (torch.zeros(3, 8, 8), "found a tensor"),
+    "bytes": (b"\x89PNG", "found bytes: give Image.open"),
+    "a bytearray": (bytearray(b"\x89PNG"), "found bytes"),
+    "a buffer": (io.BytesIO(b"\x89PNG"), "found an open file: give Image.open"),
+    "an open file": (lambda folder: (folder / "a").open("wb"), "found an open file"),
+    "nothing": (None, "found None"),
+    "a number": (5, "found 5"),
+    "a dictionary": ({"bytes": b"", "path": "a.jpg"}, "found {'bytes'"),
+    "a set": ({"a.jpg"}, "found {'a.jpg'}"),
+    "an address": ("https://example.org/a.jpg", "the address https://example.org/a.jpg: download it first"),
+    "an address as a path": (Path("s3://bucket/a.jpg"), "the address s3:/bucket"),
+    "an empty path": ("", "found an empty one"),
+    "a blank path": (" ", "found an empty one"),
+    "no path": (Path(), "is a folder"),
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_what_is_no_image_is_said_in_one_sentence(predictor: READPredictor, tmp_path: Path, name: str) -> None:
+    given, words = NO_IMAGES[name]
+    given = given(tmp_path) if callable(given) else given
+    for images in (given, [given]):
+        questions = QUESTIONS[0] if images is given else QUESTIONS[:1]
+        with pytest.raises(ValueError, match=words) as error:
+            predictor.ask(images, questions)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_pil_image_has_the_limit_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("READ_MAX_MEGAPIXELS", "1")
+    with pytest.raises(ValueError, match="has 1200 x 1000 pixels.*READ_MAX_MEGAPIXELS"):
+        to_array(Image.new("L", (1200, 1000)))
+
+
+def test_a_path_from_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    RGB.save(tmp_path / "a.png")
+    assert np.array_equal(to_array("~/a.png"), COLOURS)
+    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+        to_array("~/nowhere.png")
+
+
+NO_QUESTIONS = {
+    "none": (None, "found None"),
+    "a number": (5, "found 5"),
+    "bytes": (b"what?", "found b'what"),
+    "a dictionary": ({"question": "what?"}, "found {"),
+    "empty": ("", "the question is empty"),
+    "blank": (" \n\t", "the question is empty"),
+    "none among several": (["what?", None], "question 2 of 2 must be text, found None"),
+    "a list in a list": ([["what?"]], "must be text, found "),
+    "an empty one among several": (("what?", "", "who?"), "question 2 of 3 is empty"),
+    **{mark: (f"what is {mark}?", "must not contain") for mark in
+       ("<image>", "<IMAGE>", "[SEG]", "[seg]", "<im_start>", "<im_end>", "</s>", "<s>", "<unk>", " ASSISTANT: ")},
+    "half a character": ("what \ud800?", "must not contain"),
+    "a zero byte": ("what\0?", "must not contain"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_QUESTIONS)
+def test_a_question_that_cannot_be_asked_is_refused_before_an_image_is_read(predictor: READPredictor, name: str) -> None:
+    questions, words = NO_QUESTIONS[name]
+    with pytest.raises(ValueError, match=words):
+        predictor.ask("nowhere.jpg", questions)
+
+
+@pytest.mark.parametrize("option", ["max_new_tokens", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1, None, "8", 2.5, True, float("nan"), float("inf"), 10**400])
+def test_numbers_out_of_range_are_refused_before_an_image_is_read(predictor: READPredictor, option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{option}: must be a whole number"):
+        predictor.ask("nowhere.jpg", QUESTIONS[:2], **{option: value})
+
+
+def test_an_answer_longer_than_the_model_holds_is_refused_before_an_image_is_read(predictor: READPredictor) -> None:
+    room = predictor.model.config.llava.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"max_new_tokens: {room} do not fit .* the model holds {room}: at most "):
+        predictor.ask("nowhere.jpg", QUESTIONS[0], max_new_tokens=room)
+
+
+def test_no_answer_goes_on_beyond_what_the_model_holds(
+    predictor: READPredictor, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fits behind an image need not fit behind the whole prompt."""
+    asked: dict = {}
+
+    def generate(images: object, ids: torch.Tensor, mask: object, of_question: object, **options: int) -> None:
+        asked.update(options, prompt=ids.shape[1])
+        raise KeyError("enough")
+
+    monkeypatch.setattr(predictor.model, "generate_answers", generate)
+    room = predictor.model.config.llava.text_config.max_position_embeddings
+    with pytest.raises(KeyError, match="enough"):
+        predictor.ask(pictures[0], QUESTIONS[0], max_new_tokens=room - predictor.processor.num_patches)
+    assert asked["max_new_tokens"] == room - asked["prompt"] > 0
+
+
+def test_numbers_of_images_and_questions_must_fit(predictor: READPredictor, pictures: list[np.ndarray]) -> None:
+    for images, questions, words in (
+        (pictures[:2], QUESTIONS, "2 images for 3 questions"), ([], QUESTIONS, "0 images for 3"),
+        (pictures, QUESTIONS[0], "3 images for 1"), ((image for image in pictures), QUESTIONS[:2], "3 images for 2"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            predictor.ask(images, questions)
+    assert predictor.ask(pictures[0], []) == predictor.ask([], []) == []
+    with pytest.raises(ValueError, match="image 2 of 2 must be"):
+        predictor.ask([pictures[0], None], QUESTIONS[:2])
     with pytest.raises(FileNotFoundError, match="nowhere"):
         predictor.ask("nowhere.jpg", "what?")
+
+
+def test_tuples_and_generators_are_as_lists(predictor: READPredictor, pictures: list[np.ndarray]) -> None:
+    options = {"max_new_tokens": 3, "force_segment": True}
+    expected = predictor.ask(pictures[:2], QUESTIONS[:2], **options)
+    for images, questions in (
+        (tuple(pictures[:2]), tuple(QUESTIONS[:2])),
+        (iter(pictures[:2]), iter(QUESTIONS[:2])),
+        (pictures[:2], np.array(QUESTIONS[:2])),
+    ):
+        for one, other in zip(predictor.ask(images, questions, **options), expected, strict=True):
+            same(one, other)
 
 
 # ------------------------------------------------------------------------------------------------ a conversation

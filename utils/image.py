@@ -16,6 +16,7 @@ import math
 import os
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,11 +128,20 @@ def _silent_opencv() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Pillow's warnings are off for the length of a block, as OpenCV's are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
 def _pillow(data: bytes, name: str, kind: str) -> Iterator[Image.Image]:
     """An image decoded by Pillow, after `read_header`."""
     try:
-        image = Image.open(io.BytesIO(data), formats=[kind])
-        image.load()
+        with _no_warnings():
+            image = Image.open(io.BytesIO(data), formats=[kind])
+            image.load()
     except Exception as error:  # a decoder raises whatever it stumbles over
         raise ValueError(f"{name} cannot be read: {error or type(error).__name__}") from error
     with image:
@@ -213,7 +223,8 @@ def read_header(data: bytes, name: str, colours: bool = True) -> Header:
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limit)  # one limit, and no warning of Pillow below it
     try:
-        header = _look(data, kind)
+        with _no_warnings():
+            header = _look(data, kind)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large, at most {limit // 10**6} megapixels are read: {error}") from error
     except Exception as error:  # Pillow raises whatever it stumbles over
@@ -362,12 +373,14 @@ def _png_damage(data: bytes) -> str:
 def _tiff_damage(data: bytes) -> str:
     """What Pillow finds wrong in a TIFF. OpenCV makes strips that cannot be unpacked black, and goes on."""
     try:
-        image = Image.open(io.BytesIO(data), formats=["TIFF"])
+        with _no_warnings():
+            image = Image.open(io.BytesIO(data), formats=["TIFF"])
     except Exception:  # 16 bits of RGB, for one, are not known to Pillow
         return ""
     with image:
         try:
-            image.load()
+            with _no_warnings():
+                image.load()
         except Exception as error:  # it raises whatever it stumbles over
             return f"is damaged ({error})"
     return ""
