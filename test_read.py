@@ -14,19 +14,24 @@ the last whole picture. The two protocols are not comparable: `forced` puts the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_model_flags, load_model, one_line
+from utils.cli import DEFAULT_MODEL, add_model_flags, load_model, one_line, plain_errors
+from utils.files import read_object, write_json
 
 if TYPE_CHECKING:
     from model import READForCausalLM
+    from utils.distributed import World
 
 RELEASED_WORDING = "vicuna_v1"
 """What the original's generation said, unlike its training (§8-1)."""
@@ -46,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--templates", choices=("fixed", "random"), default="fixed",
         help="sentences around an expression: those of the published ReasonSeg numbers, or drawn from our training pools",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of random templates, and of absent things that own data ask for")
+    parser.add_argument("--seed", type=natural, default=0, help="of random templates, and of absent things that own data ask for")
     parser.add_argument(
         "--compat", choices=("correct", "released"), default="correct",
         help="released: generation with the original's treatment of padding and its wording of the system prompt, which its "
@@ -54,13 +59,15 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--max_new_tokens", type=positive, default=512, help="longest answer (default: 512)")
     parser.add_argument("--chunk", type=positive, default=16, help="expressions that go through the model together (default: 16)")
-    parser.add_argument("--workers", type=int, help="processes that read pictures ahead (default: by the number of cores)")
+    parser.add_argument("--workers", type=natural, help="processes that read pictures ahead (default: by the number of cores)")
     parser.add_argument("--limit", type=positive, help="only the first pictures of each data set; the result says so")
     parser.add_argument(
         "--out", type=Path,
         help="folder of results.json and predictions (default: one for each model and settings, runs/eval/MODEL-...)",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="throw away what --out holds of these data sets")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="throw away what --out holds of these data sets; what it holds of others stays"
+    )
     parser.add_argument(
         "--strict", action="store_true",
         help="stop at a picture that cannot be read or answered; else it is tried twice, named in the result, and left out",
@@ -86,34 +93,80 @@ def main(argv: list[str] | None = None) -> int:
     """Loads, measures, prints, writes; or prints what was measured before."""
     options = build_parser().parse_args(argv)
     try:
-        if options.compare:
-            from utils.compare import compare_folders
+        with plain_errors("test_read.py"):
+            return run(options)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":  # one line, however many processes there are
+            print(f"test_read.py: {stop}", file=sys.stderr, flush=True)
+        raise
 
-            print(compare_folders(*options.compare, html=options.compare[1] / "compare.html"))
-            return 0
-        if options.cmd == "metrics":
-            if not (options.predictions or options.out):
-                raise ValueError("--cmd metrics needs --predictions, files or folders")
-            print(metrics(options.predictions or [options.out], options.protocol))
-            return 0
-        options.protocol = options.protocol or "forced"
-        return inference(options, [split_name(entry) for entry in options.data])
-    except (OSError, ValueError) as error:  # CheckpointError is a ValueError
-        raise SystemExit(f"test_read.py: {one_line(error)}") from error
+
+class Stopped(SystemExit):
+    """The end of an evaluation by Ctrl-C or SIGTERM; what was measured is on disk."""
+
+    def __str__(self) -> str:
+        return "stopped; the same command goes on after the last whole image"
+
+
+def run(options: argparse.Namespace) -> int:
+    """What the command line asks for."""
+    if options.compare:
+        from utils.compare import compare_folders
+
+        print(compare_folders(*options.compare, html=options.compare[1] / "compare.html"))
+        return 0
+    if options.cmd == "metrics":
+        if not (options.predictions or options.out):
+            raise ValueError("--cmd metrics needs --predictions, files or folders")
+        print(metrics(options.predictions or [options.out], options.protocol))
+        return 0
+    options.protocol = options.protocol or "forced"
+    with stopped_by_signals():
+        try:
+            return inference(options, [split_name(entry) for entry in options.data])
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(f"{one_line(error)}; the same command goes on, --workers 0 reads without it") from error
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block with `Stopped`, exit status 130 and 143, as a shell expects it.
+
+    `READ_DEBUG=1` keeps the traceback.
+    """
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    received: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread, where no signal arrives either
+        before = None
+    try:
+        yield
     except KeyboardInterrupt:
-        raise SystemExit("test_read.py: stopped; the same command goes on after the last whole picture") from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if os.environ.get("READ_DEBUG") == "1":
             raise
-        raise SystemExit(f"test_read.py: {one_line(error)}; the same command goes on, --workers 0 reads without it") from error
+        raise Stopped(128 + (received[0] if received else signal.SIGINT)) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
     """Measures the data sets (name, split) one after the other; each is on disk as soon as it is done."""
+    options.version = options.version or DEFAULT_MODEL
+    if options.protocol == "generate":
+        check_answer_length(options)
     import torch
 
     from dataset import build_eval
     from utils import distributed
+    from utils.content import annotations_name, images_name
     from utils.evaluate import evaluate
     from utils.predictions import predictions_name
     from utils.runlog import setup_logging
@@ -126,40 +179,115 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
         raise ValueError(f"--data: two sets would both be written to {doubled[0]}: measure them into different --out folders")
     world = distributed.start(engine=False)
     setup_logging(world.is_main)
-    options.version = options.version or DEFAULT_MODEL
     # Data first: a missing folder should be known before a large model is loaded.
     data = [
         build_eval(name, split, options.dataset_dir, protocol=options.protocol, templates=options.templates, seed=options.seed)
         for name, split in pairs
     ]
-    model, processor = load_model(options, world.device)
     if options.cache_dir:
-        model.cache_sam_features(options.cache_dir)
-    settings = settings_of(options, model)
-    options.out = options.out or Path("runs/eval") / f"{Path(options.version).resolve().name}-{name_of(settings)}"
-    results = []
-    for (name, split), file, samples in zip(pairs, files, data, strict=True):
-        whole, about = len(samples), {"dataset": name, "split": split, "data": data_name(samples)}
-        if options.limit is not None:
-            samples = torch.utils.data.Subset(samples, range(min(options.limit, whole)))
-        try:
-            scores = evaluate(
-                model, processor, samples, protocol=options.protocol, compat=options.compat, conv_type=options.conv_type,
-                rank=world.rank, world=world.size, max_new_tokens=options.max_new_tokens, predictions_path=options.out / file,
-                settings={**settings, **about, "images_in_split": whole}, overwrite=options.overwrite, strict=options.strict,
-                chunk=options.chunk, workers=reading_processes() if options.workers is None else options.workers,
-            )  # fmt: skip
-        except (OSError, ValueError) as error:  # a picture with --strict, or predictions of other settings
-            raise ValueError(f"{name}|{split}: {error}") from error
-        results.append({**about, "images_in_split": whole, **scores})
-        if scores["images_taken_over"]:
-            tell(world, f"{name}|{split}: {scores['images_taken_over']} pictures taken over from {options.out / file}")
-        if world.is_main:  # written after each data set: what is measured is not lost
-            write_results(options, settings, results)
-    tell(world, "\n".join([heading(options, settings), table(results), *failures(results)]))
-    tell(world, f"written: {options.out / 'results.json'}")
-    distributed.stop()
+        make_folder(Path(options.cache_dir), "--cache_dir")
+    with contextlib.ExitStack() as held:
+        if options.out is None:
+            make_folder(DEFAULT_OUT, "the folder of results")
+        else:
+            held.enter_context(only_writer(options, world))
+        model, processor = load_model(options, world.device)
+        if options.cache_dir:
+            model.cache_sam_features(options.cache_dir)
+        settings = settings_of(options, model)
+        if options.out is None:
+            options.out = DEFAULT_OUT / f"{Path(options.version).resolve().name}-{name_of(settings)}"
+            held.enter_context(only_writer(options, world))
+        earlier = earlier_rows(options.out, settings, pairs, options.overwrite)
+        results, kept = [], []
+        for (name, split), file, samples in zip(pairs, files, data, strict=True):
+            whole = len(samples)
+            about = {
+                "dataset": name,
+                "split": split,
+                "annotations": annotations_name(samples),
+                "image_files": f"size and time of modification: {images_name(samples)}",
+            }
+            if options.limit is not None:
+                samples = torch.utils.data.Subset(samples, range(min(options.limit, whole)))
+            try:
+                scores = evaluate(
+                    model, processor, samples, protocol=options.protocol, compat=options.compat, conv_type=options.conv_type,
+                    rank=world.rank, world=world.size, max_new_tokens=options.max_new_tokens, predictions_path=options.out / file,
+                    settings={**settings, **about, "images_in_split": whole}, overwrite=options.overwrite, strict=options.strict,
+                    chunk=options.chunk, workers=reading_processes() if options.workers is None else options.workers,
+                )  # fmt: skip
+            except (OSError, ValueError) as error:  # an image with --strict, or predictions of other settings
+                raise ValueError(f"{name}|{split}: {one_line(error)}") from error
+            results.append({**about, "images_in_split": whole, **scores, "command": command()})
+            if scores["images_taken_over"]:
+                tell(world, f"{name}|{split}: {scores['images_taken_over']} pictures taken over from {options.out / file}")
+            if world.is_main:  # written after each data set: what is measured is not lost
+                kept = write_results(options, settings, earlier, results)
+        tell(world, "\n".join([heading(options, settings), table(results), *failures(results)]))
+        if world.is_main:
+            beside = f" (beside {', '.join(kept)} of an earlier command)" if kept else ""
+            tell(world, f"written: {options.out / 'results.json'}{beside}")
+        distributed.stop()
     return 0
+
+
+DEFAULT_OUT = Path("runs/eval")
+
+
+def check_answer_length(options: argparse.Namespace) -> None:
+    """Refuses a --max_new_tokens beyond what a model folder's config.json allows, before anything is loaded."""
+    from utils.evaluate import check_answer_length
+
+    file = Path(options.version) / "config.json"
+    if not file.is_file():
+        return  # of the hub, where it is known once the model is loaded
+    fields = read_object(file)
+    texts = fields.get("llava", {}).get("text_config", {}) if isinstance(fields.get("llava"), dict) else fields
+    positions = texts.get("max_position_embeddings") if isinstance(texts, dict) else None
+    patches = fields.get("num_patches")
+    if type(positions) is int:
+        check_answer_length(options.max_new_tokens, positions, patches if type(patches) is int else 0)
+
+
+@contextlib.contextmanager
+def only_writer(options: argparse.Namespace, world: World) -> Iterator[None]:
+    """Holds --out for this evaluation and its processes.
+
+    Raises:
+        OSError, ValueError: it is not this program's, cannot be written, or another evaluation holds it. The first process
+            says so, the others end with the same exit status.
+    """
+    from utils import distributed
+    from utils.outputs import OutputFolder
+
+    own = {f"--data {entry}": split_name(entry)[0] for entry in options.data}
+    inputs = {"--version": options.version, "--vision_tower": options.vision_tower, "--dataset_dir": options.dataset_dir, **own}
+    folder = OutputFolder(options.out, "evaluate", inputs)
+    fault: OSError | ValueError | None = None
+    with contextlib.ExitStack() as held:
+        if world.is_main:
+            try:
+                folder.check(overwrite=True)
+                make_folder(folder.path, "--out")
+                held.enter_context(folder.lock())
+                folder.mark()
+            except (OSError, ValueError) as error:
+                fault = error
+        failed = distributed.any_rank(fault is not None)
+        if fault is not None:
+            raise fault
+        if failed:
+            raise SystemExit(2)
+        yield
+
+
+def make_folder(path: Path, flag: str) -> None:
+    """Makes a folder, unless it is there; OSError names the flag."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{flag} {path} cannot be made ({error.strerror}): choose another folder") from error
 
 
 def metrics(paths: list[Path], protocol: str | None) -> str:
@@ -178,6 +306,8 @@ def metrics(paths: list[Path], protocol: str | None) -> str:
             told = f"{result['dataset']} {result['split']}"
             if result.get("limit") is not None:
                 lines.append(f"{told}: the first {result['limit']} of {result['images_in_split']} pictures only")
+            if not result["completeness_known"]:
+                lines.append(f"{told}: whether it is complete is not known, since nothing beside it says how much was written")
             if result["stored_differ"]:
                 lines.append(f"WARNING: {told}: {result['stored_differ']} stored counts are not those of the masks")
             run = result.pop("settings", None) or {"protocol": result["protocol"]}
@@ -196,9 +326,14 @@ def split_name(entry: str) -> tuple[str, str]:
 
 def positive(text: str) -> int:
     """A flag's value that must be 1 or more."""
+    return natural(text, least=1)
+
+
+def natural(text: str, least: int = 0) -> int:
+    """A flag's value that must be a whole number, `least` or more."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, found {text}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more, found {text}")
     return value
 
 
@@ -207,14 +342,15 @@ def reading_processes() -> int:
     return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
-def data_name(samples: Any) -> str:
-    """A name for what a data set asks about which picture: other data have another."""
-    return name_of(samples.places())
-
-
 def name_of(value: Any) -> str:
     """A short name for a JSON value: others have others."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+NOT_OF_PREDICTIONS = {
+    "sasp", "conv_type", "loss", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "vision_tower", "architectures",
+}  # fmt: skip
+"""Fields of a model's config that are settings of their own, or decide no prediction."""
 
 
 def settings_of(options: argparse.Namespace, model: READForCausalLM) -> dict[str, Any]:
@@ -222,13 +358,15 @@ def settings_of(options: argparse.Namespace, model: READForCausalLM) -> dict[str
     import dataclasses
     import platform
 
-    from model.checkpoint import fingerprint
+    from model.checkpoint import fingerprint, processor_fingerprint
     from utils.runlog import package_versions
     from utils.say import signature
 
     generated = options.protocol == "generate"
     return {
         "checkpoint": fingerprint(options.version, options.vision_tower),
+        "processor": processor_fingerprint(options.version, options.vision_tower),
+        "config": name_of({name: value for name, value in model.config.to_dict().items() if name not in NOT_OF_PREDICTIONS}),
         "protocol": options.protocol,
         "compat": options.compat,
         "conv_type": options.conv_type or model.config.conv_type,
@@ -247,17 +385,58 @@ def settings_of(options: argparse.Namespace, model: READForCausalLM) -> dict[str
     }
 
 
-def write_results(options: argparse.Namespace, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """results.json: the scores, and everything needed to tell whether two results may be compared."""
-    record = {
-        "version": str(options.version),
-        **settings,
-        "command": shlex.join(["python", *sys.argv]),
-        "results": results,
-    }
-    partial = options.out / "results.json.partial"
-    partial.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
-    partial.replace(options.out / "results.json")
+def command() -> str:
+    """This command, for a shell."""
+    return shlex.join(["python", *sys.argv])
+
+
+def earlier_rows(
+    out: Path, settings: dict[str, Any], pairs: list[tuple[str, str]], overwrite: bool
+) -> list[dict[str, Any]]:
+    """The rows of a results.json that stay in it, until they are measured again.
+
+    Raises:
+        ValueError: it is none of this program's, or its rows are of other settings; the message names them.
+    """
+    from utils.prediction_log import differing
+    from utils.scores import read_results
+
+    file = out / "results.json"
+    if not file.exists():
+        return []
+    try:
+        record = read_results(out)
+    except ValueError as error:
+        raise ValueError(f"{error}; move it away, or choose another --out") from None
+    told = differing({name: record.get(name) for name in settings}, json.loads(json.dumps(settings)))
+    if told is None:
+        return record["results"]
+    others = [f"{row['dataset']}|{row['split']}" for row in record["results"] if (row["dataset"], row["split"]) not in pairs]
+    if others:
+        raise ValueError(
+            f"{file} holds {', '.join(others)} under other settings: choose another --out. Settings that differ: {told}"
+        )
+    if not overwrite and record["results"]:
+        raise ValueError(
+            f"{file} is of an evaluation under other settings: choose another --out, or throw it away with --overwrite. "
+            f"Settings that differ: {told}"
+        )
+    return []
+
+
+def write_results(
+    options: argparse.Namespace, settings: dict[str, Any], earlier: list[dict[str, Any]], results: list[dict[str, Any]]
+) -> list[str]:
+    """results.json: the scores, and everything needed to tell whether two results may be compared.
+
+    Returns:
+        Names of the rows of earlier commands that it still holds.
+    """
+    measured = {(row["dataset"], row["split"]) for row in results}
+    kept = [row for row in earlier if (row["dataset"], row["split"]) not in measured]
+    record = {"version": str(options.version), **settings, "command": command(), "results": [*kept, *results]}
+    write_json(options.out / "results.json", plain(record))
+    return [f"{row['dataset']}|{row['split']}" for row in kept]
 
 
 def plain(value: Any) -> Any:
@@ -291,7 +470,7 @@ def failures(results: list[dict[str, Any]], shown: int = 5) -> list[str]:
     lines = []
     for result in results:
         if failed := result["failed"]:
-            pictures = f"{len(failed)} picture{'s' * (len(failed) > 1)} of {result['images_in_split']}"
+            pictures = f"{len(failed)} picture{'s' * (len(failed) > 1)} of {result.get('images_in_split', 'unknown number')}"
             lines.append(f"{result['dataset']}|{result['split']}: {pictures} FAILED and not in these scores:")
             lines += [f"  picture {entry['image_index']}: {entry['error']}" for entry in failed[:shown]]
             lines += [f"  ... and {len(failed) - shown} more, see results.json"] if len(failed) > shown else []

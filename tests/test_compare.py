@@ -397,7 +397,7 @@ def test_missing_pictures_leave_the_masks_on_grey(tmp_path: Path, state, words):
 
 def test_whatever_comes_from_a_file_is_escaped(tmp_path: Path):
     evil = '<script>alert("1")</script>&\' onerror="x'
-    more = {"question": evil, "answer": evil, "reference": evil, "say": evil, "confidence": None}
+    more = {"question": evil, "answer": evil, "reference": evil, "confidence": None}
     sides = [[record(0, 0, square(x), square(10), path=evil, **more)] for x in (35, 10)]
     folders = [
         write_run(tmp_path / f"{n}<b>", {"refcoco|val": r}, "generate", version=evil, preset=evil, templates=n + evil)

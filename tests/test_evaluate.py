@@ -24,7 +24,9 @@ from dataset.mini.write import write_all
 from model import READForCausalLM, READProcessor
 from utils import evaluate as evaluation
 from utils.evaluate import evaluate
+from utils.outputs import OutputFolder
 from utils.prediction_log import PredictionLog
+from utils.predictions import encode_mask
 
 pytestmark = needs_ckpt
 GENERATE = ("--protocol", "generate", "--max_new_tokens", "12", "--data", "fprefcoco|val", "ReasonSeg|val")
@@ -83,6 +85,7 @@ def found(out: Path) -> tuple[list[dict], dict[str, list[dict]]]:
     for entry in [*results, *(record for records in files.values() for record in records)]:
         entry.pop("seconds")
         entry.pop("images_taken_over", None)
+        entry.pop("command", None)
     return results, files
 
 
@@ -106,7 +109,8 @@ def test_records_say_what_was_found(whole: Path) -> None:
     """Every field of a record agrees with its mask; the lines stand in the data set's order; nothing else is left behind."""
     results, files = found(whole)
     beside = [f"{name}.settings.json" for name in files]
-    assert sorted(file.name for file in whole.iterdir()) == sorted([*files, *beside, "results.json"])
+    hidden = [".read-lock", ".read-output.json"]
+    assert sorted(file.name for file in whole.iterdir()) == sorted([*files, *beside, *hidden, "results.json"])
     records = files["predictions_fprefcoco_val.jsonl"]
     places = [(record["image_index"], record["question_index"]) for record in records]
     assert places == sorted(places) and len(set(places)) == len(places) == results[0]["expressions"]
@@ -199,8 +203,9 @@ def test_together_is_as_alone(
 def test_goes_on_after_the_last_whole_picture(data: Path, whole: Path, tmp_path: Path, asked: Places) -> None:
     """Stopped in the third picture of the second data set, then its file torn: the rest is done, and the result is the same."""
     asked.stop = 6
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match="the same command goes on") as stopped:
         test_read.main(line(data, tmp_path, *GENERATE))
+    assert stopped.value.code == 130
     part = tmp_path / "predictions_ReasonSeg_val.jsonl.part0"
     assert len(part.read_text().splitlines()) == 1 + 2
     part.write_bytes(part.read_bytes()[:-40])  # the second picture's line was not written whole
@@ -255,6 +260,7 @@ def test_killed_then_finished_by_two_processes(data: Path, whole: Path, tmp_path
 
 def test_other_settings_do_not_mix(data: Path, tmp_path: Path) -> None:
     """What another SasP has begun is neither continued nor thrown away without being asked."""
+    OutputFolder(tmp_path, "evaluate").mark()
     path = tmp_path / "predictions_ReasonSeg_val.jsonl"
     settings = {"protocol": "forced", "sasp": {"num_points": 30}}
     log = PredictionLog(path, settings)
@@ -278,11 +284,20 @@ def test_other_pictures_do_not_mix(tmp_path: Path, asked: Places) -> None:
     assert test_read.main(line(tmp_path / "data", tmp_path / "out")) == 0
     for name in ("1.jpg", "1.json"):
         (tmp_path / "data/reason_seg/ReasonSeg/val" / name).unlink()
-    with pytest.raises(SystemExit, match="other settings.*data .* then, .* now, images_in_split 3 then, 2 now"):
+    with pytest.raises(SystemExit, match="other settings.*annotations of ReasonSeg.val changed.*, images_in_split 3 then, 2 now"):
         test_read.main(line(tmp_path / "data", tmp_path / "out"))
     with pytest.raises(SystemExit, match="two sets would both be written to predictions_ReasonSeg_val.jsonl"):
         test_read.main([*line(tmp_path / "data", tmp_path / "out"), "--data", "ReasonSeg|val", "ReasonSeg|val"])
     assert asked == [0, 1, 2]
+
+
+def entry(image: int, question: int, **more: object) -> dict:
+    """A record with the fields that it must have."""
+    mask = encode_mask(np.eye(3))
+    return {
+        "image_index": image, "question_index": question, "image": f"{image}.jpg", "question": "a", "answer": "[SEG]",
+        "exists": True, "predicted_exists": True, "mask": mask, "target": mask, **more,
+    }  # fmt: skip
 
 
 def test_log_of_any_number_of_processes(tmp_path: Path) -> None:
@@ -290,7 +305,7 @@ def test_log_of_any_number_of_processes(tmp_path: Path) -> None:
     path, settings = tmp_path / "p.jsonl", {"a": [1, 2]}
     logs = [PredictionLog(path, settings, rank) for rank in (0, 1, 2)]
     for image in (5, 1, 3):
-        logs[image % 3].add(image, [{"image_index": image, "question_index": q} for q in (0, 1)])
+        logs[image % 3].add(image, [entry(image, q) for q in (0, 1)])
     for log in logs:
         log.abandon()
     with (tmp_path / "p.jsonl.part1").open("a") as file:
@@ -298,16 +313,21 @@ def test_log_of_any_number_of_processes(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl.part2").write_bytes((tmp_path / "p.jsonl.part2").read_bytes()[:10])  # killed in its first line
     last = PredictionLog(path, {"a": (1, 2)}, 1)
     assert sorted(last.done) == [1, 3]
-    last.add(0, [{"image_index": 0, "question_index": 0}])
+    last.add(0, [entry(0, 0)])
+    last.add(2, [])  # an image without questions
     last.rank = 0  # the first process joins
-    last.close([{"image_index": 5, "error": "torn"}])
+    last.close([{"image_index": 5, "error": "torn"}], images_asked=6)
     assert [(r["image_index"], r["question_index"]) for r in map(json.loads, path.read_text().splitlines())] == [
         (0, 0), (1, 0), (1, 1), (3, 0), (3, 1),
     ]  # fmt: skip
     assert sorted(file.name for file in tmp_path.iterdir()) == ["p.jsonl", "p.jsonl.settings.json"]
+    with pytest.raises(ValueError, match="1 image missing, the first one is image 4"):
+        PredictionLog(path, settings)
+    beside = path.with_name("p.jsonl.settings.json")
+    beside.write_text(beside.read_text().replace('"images_asked": 6', '"images_asked": 4'))
     again = PredictionLog(path, settings)
-    assert again.done == {0, 1, 3} and len(again.taken_over[3]) == 2
-    again.add(5, [{"image_index": 5, "question_index": 0}])
+    assert again.done == {0, 1, 2, 3} and len(again.taken_over[3]) == 2
+    again.add(5, [entry(5, 0)])
     again.close()
     assert [json.loads(text)["image_index"] for text in path.read_text().splitlines()] == [0, 1, 1, 3, 3, 5]
     path.with_name("p.jsonl.part7").write_text('{"settings": {"a": [1, 2]}}\n{"image_in\n')

@@ -91,13 +91,21 @@ def test_scores_of_other_weights_are_refused(model, tmp_path):
     assert not (model / "README.md").exists()
 
 
-def test_a_card_that_is_there_stays_unless_asked(model):
-    (model / "README.md").write_text("mine")
+def test_a_card_of_this_program_stays_unless_asked(model):
+    main([str(model), "--name", "first"])
     with pytest.raises(SystemExit, match="--overwrite"):
         main([str(model)])
-    assert (model / "README.md").read_text() == "mine"
+    assert "# first" in (model / "README.md").read_text()
     main([str(model), "--overwrite"])
-    assert (model / "README.md").read_text() != "mine"
+    assert "# cups" in (model / "README.md").read_text()
+
+
+def test_a_card_of_somebody_else_stays(model):
+    (model / "README.md").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit, match="README.md is there, and this program did not write it: move it away"):
+            main([str(model), *more])
+    assert (model / "README.md").read_text() == "mine"
 
 
 def test_little_is_known_of_a_folder_alone(tmp_path):

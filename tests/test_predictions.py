@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -120,6 +121,123 @@ def test_reading_names_what_is_wrong(tmp_path):
         file.write_text(json.dumps(good) + "\n" + line)
         with pytest.raises(ValueError, match=complaint):
             read_predictions(file)
+
+
+def test_names_of_files_stay_short_and_apart():
+    assert predictions_name("refcoco+", "testA") == "predictions_refcoco+_testA.jsonl"
+    long = [predictions_name(f"{'蓝' * 200}{n}", "val") for n in range(2)]
+    assert long[0] != long[1] and max(len(name.encode()) for name in long) < 200
+    assert "/" not in predictions_name("ReasonSeg", "../val")
+
+
+def full_record():
+    mask, target = random_masks(0)
+    return record(
+        mask, target, num_seg=1, iou=0.5, intersection=3, union=9, box=[0.0, 1.0, 2.0, 3.0], confidence=0.9,
+        points=[[1.5, 2.0], [3, 4]], point_labels=[1, -1], seconds=0.1, is_sentence=False, reference="a cup", say=0.5, ref_id=7,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: b"\xef\xbb\xbf" + text,
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: b"\n\n" + text.replace(b"\n", b"\n  \n"),
+        lambda text: text.decode().encode("utf-16"),
+        lambda text: text.rstrip(),
+    ],
+    ids=["byte order mark", "CRLF", "blank lines", "UTF-16", "no last newline"],
+)
+def test_the_same_records_however_a_file_was_saved(tmp_path, change):
+    records = [full_record() | {"question_index": n} for n in range(3)]
+    (tmp_path / "p.jsonl").write_bytes(change("".join(json.dumps(r) + "\n" for r in records).encode()))
+    assert read_predictions(tmp_path / "p.jsonl") == records
+
+
+def test_a_list_of_runs_is_compressed(tmp_path):
+    made = full_record()
+    made["mask"] = {"size": [23, 31], "counts": [100, 13, 600]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(made))
+    (found,) = read_predictions(tmp_path / "p.jsonl")
+    assert decode_mask(found["mask"]).ravel(order="F").nonzero()[0].tolist() == list(range(100, 113))
+    json.dumps(found)
+
+
+WRONG = {
+    "image_index": [None, "4", -1, 1.0, True, [4], 10**30, math.nan],
+    "question_index": [None, "0", -1, 0.5, False, {}],
+    "image": [None, 3, ["a.jpg"]],
+    "question": [None, 3, ["a"], {}],
+    "answer": [None, 0, ["Sure"]],
+    "exists": ["true", 1, 0, []],
+    "predicted_exists": ["false", 1, {}],
+    "prompt": [3, ["a"]],
+    "num_seg": ["1", -1, 1.5],
+    "iou": ["0.5", math.nan, math.inf, True, [0.5], 10**400],
+    "intersection": ["3", -1, 2.5, True, 10**12],
+    "union": ["9", -9, 2.5],
+    "mask": [None, "PPYo1", [], {}, {"size": [23, 31]}, {"size": [23, 31], "counts": "PPYo1"}, {"size": "23", "counts": ""}],
+    "target": [None, 1, {"size": [23, 31], "counts": [1, 2]}, {"size": [23, 31], "counts": ["713"]}],
+    "ignored": ["x", 0, [1, 2, 3], {"size": [23, 31], "counts": 5}],
+    "box": ["x", [1, 2, 3], [1, 2, 3, None], [1, 2, 3, math.nan]],
+    "confidence": ["0.9", math.nan, True],
+    "points": ["ab", [[1, 2, 3], [4]], [[1, "2"], [3, 4]], [[1, None], [3, 4]], [[1, math.nan], [3, 4]], [1, 2], {"a": "bc"}],
+    "point_labels": ["ab", [1], [1, 2], [1, "0"], [1, None], [[1], [0]], 5],
+    "seconds": ["1", [], math.inf],
+    "is_sentence": ["no", 1],
+    "reference": [5, ["a"]],
+    "say": ["0.5", 1.5, -0.1, math.nan],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name in WRONG for v in WRONG[name]], ids=lambda v: repr(v)[:9])
+def test_a_field_of_another_kind_is_named_with_its_line(tmp_path, name, value):
+    good = full_record()
+    lines = [json.dumps(good), json.dumps(good | {"question_index": 2, name: value})]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"p\.jsonl, line 2.*{name}"):
+        read_predictions(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("name", ["exists", "predicted_exists", "iou", "box", "confidence", "seconds", "reference", "ignored"])
+def test_what_may_be_unknown_may_be_null(tmp_path, name):
+    (tmp_path / "p.jsonl").write_text(json.dumps(full_record() | {name: None}))
+    assert len(expressions(read_predictions(tmp_path / "p.jsonl"))) == 1
+
+
+BROKEN_LINES = {
+    "torn": (lambda lines: [*lines[:2], lines[2][:-40]], "line 3 is no JSON.*the file is cut short"),
+    "doubled": (lambda lines: [*lines, lines[1]], "line 4: image 4, question 1 is there twice .line 2"),
+    "a list": (lambda lines: [lines[0], "[1]"], r"line 2: must be a JSON object \{...\}, found \[1\]"),
+    "null": (lambda lines: ["null", *lines], "line 1: must be a JSON object"),
+    "settings": (lambda lines: ['{"settings": {}}', *lines], "line 1 lacks image_index"),
+    "nested": (lambda lines: [lines[0], "[" * 10**5], "line 2 .*nested too deeply"),
+    "huge number": (lambda lines: [lines[0], f'{{"image_index": {"9" * 5000}}}'], "line 2 is no JSON"),
+    "more inside": (lambda lines: [lines[0].replace('"intersection": 3', '"intersection": 10')], "line 1, intersection: .*10"),
+    "points alone": (lambda lines: [lines[0].replace('"point_labels": [1, -1], ', "")], "line 1, point_labels: .*0 and 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN_LINES)
+def test_broken_lines_are_named(tmp_path, case):
+    change, words = BROKEN_LINES[case]
+    (tmp_path / "p.jsonl").write_text("\n".join(change([json.dumps(full_record() | {"question_index": n}) for n in range(3)])))
+    with pytest.raises(ValueError, match=rf"p\.jsonl, {words}"):
+        read_predictions(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff", b"<!doctype html>", b"version https://git-lfs.github.com/spec/v1", b" \n"])
+def test_what_is_no_predictions_file_is_named(tmp_path, content):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"p\.jsonl"):
+        read_predictions(tmp_path / "p.jsonl")
+
+
+def test_a_folder_in_place_of_the_file_is_named(tmp_path):
+    (tmp_path / "p.jsonl").mkdir()
+    with pytest.raises(ValueError, match="p.jsonl is a folder"):
+        read_predictions(tmp_path / "p.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------ the original's layout
@@ -258,6 +376,49 @@ BROKEN = {
     "other size": (
         lambda f: resave(f, "1_0001.npz", pred=np.zeros((3, 6, 6)), gt=np.zeros((3, 6, 5))), ValueError, r"gt \(3, 6, 5\): they",
     ),
+    "text for a list": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"].update(pred_sent="Yes")), ValueError, "a.jpg, pred_sent: must be a list",
+    ),
+    "an object for a list": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"].update(pred_sent={"0": "a"})), ValueError, "pred_sent: must be a list",
+    ),
+    "text for a truth value": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"].update(gt_exists=["false"] * 3)), ValueError, "gt_exists: must be true or",
+    ),
+    "null for an answer": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"].update(pred_sent=[None] * 3)), ValueError, "pred_sent: must be text",
+    ),
+    "null for ids": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"].update(ref_ids=5)), ValueError, "a.jpg, ref_ids: must be a list",
+    ),
+    "a list for an entry": (lambda f: change(f, 1, lambda c: c.update({"a.jpg": [1]})), ValueError, "a.jpg lacks conv"),
+    "masks elsewhere": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"].update(segmentation_path="segmentation_mask/../../x.npz")), ValueError,
+        "segmentation_path: must be a path inside the folder",
+    ),
+    "masks at the root": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"].update(segmentation_path="/etc/x.npz")), ValueError, "inside the folder",
+    ),
+    "no path": (
+        lambda f: change(f, 1, lambda c: c["a.jpg"].update(segmentation_path=None)), ValueError, "segmentation_path: must be",
+    ),
+    "objects for masks": (
+        lambda f: resave(f, "1_0001.npz", pred=np.array([{}], object), gt=np.zeros((3, 6, 6))), ValueError, "pred must hold num",
+    ),
+    "text for masks": (
+        lambda f: resave(f, "1_0001.npz", pred=np.full((3, 6, 6), "x"), gt=np.zeros((3, 6, 6))), ValueError, "pred must hold",
+    ),
+    "NaN in a mask": (
+        lambda f: resave(f, "1_0001.npz", pred=np.full((3, 6, 6), np.nan), gt=np.zeros((3, 6, 6))), ValueError, "from 0 to 255",
+    ),
+    "less than 0": (
+        lambda f: resave(f, "1_0001.npz", pred=np.zeros((3, 6, 6)), gt=np.full((3, 6, 6), -1)), ValueError, "gt must hold num",
+    ),
+    "a field twice": (
+        lambda f: (f / "preds_fprefcoco_1_of_2.json").write_text(
+            (f / "preds_fprefcoco_1_of_2.json").read_text().replace('"pred_sent"', '"gt_exists": [true, true, true], "pred_sent"')
+        ), ValueError, "a.jpg: a field is there twice",
+    ),
     "two data sets": (
         lambda f: (f / "preds_refcoco_0_of_1.json").write_text("{}"), ValueError, r"several data sets \(fprefcoco, refcoco\)",
     ),
@@ -270,6 +431,18 @@ def test_released_files_that_do_not_fit(case, tmp_path):
     write_released(tmp_path, two_shares())
     breaks(tmp_path)
     with pytest.raises(error, match=complaint):
+        read_released(tmp_path)
+
+
+def test_masks_that_would_fill_the_memory_are_refused_before_they_are_loaded(tmp_path):
+    """A few kilobytes of zip may stand for gigabytes."""
+    write_released(tmp_path, two_shares())
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (3, 30000, 30000)})
+    with zipfile.ZipFile(tmp_path / "segmentation_mask/1_0001.npz", "w") as archive:
+        for name in ("pred.npy", "gt.npy"):
+            archive.writestr(name, header.getvalue())
+    with pytest.raises(ValueError, match=r"1_0001.npz: pred is \(3, 30000, 30000\) of int64: larger than any masks"):
         read_released(tmp_path)
 
 

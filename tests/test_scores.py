@@ -139,6 +139,7 @@ def test_own_predictions_are_counted_again(tmp_path):
     }  # fmt: skip
     assert (result.pop("compat"), result.pop("conv_type")) == ("correct", "llava_v1")
     assert (result.pop("failed"), result.pop("settings")["dataset"]) == ([], "data/own")
+    assert result.pop("completeness_known") is False  # what stands beside it does not say how much was written
     assert result == summarize(expressions(records), generated=True)
     records[0]["union"] += 1
     (tmp_path / "run/predictions_data_own_val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Iterable
@@ -30,11 +29,16 @@ from typing import Any
 import numpy as np
 
 from utils.cli import plain_errors
-from utils.metrics import Expression, Overlap, resampled_sums, summarize
-from utils.predictions import predictions_name, read_predictions
-from utils.scores import differences
+from utils.files import write_text
+from utils.metrics import UNKNOWN, Expression, Overlap, resampled_sums, summarize
+from utils.prediction_log import read_finished
+from utils.predictions import expression, predictions_name
+from utils.scores import differences, read_results
 
 RESAMPLES = 2000
+MOST_RESAMPLES = 10**6
+GENERATOR = '<meta name="generator" content="READ, utils.compare">'
+"""In each page, so that it is known as ours when it is to be replaced."""
 TOP = 20
 CONFIDENCE = 0.95
 NAMES = {"giou": "gIoU", "ciou": "cIoU", "see": "See"}
@@ -73,19 +77,38 @@ def compare_folders(
         resamples, seed: of the bootstrap; the same seed gives the same intervals on every machine.
 
     Raises:
-        FileNotFoundError: a folder without results.json. ValueError: a damaged one, no data set in common, bad numbers.
+        FileNotFoundError: a folder without results.json. FileExistsError: `html` is there and is no page of ours.
+        ValueError: a damaged one, no data set in common, bad numbers.
     """
-    if top < 0 or resamples < 1:
-        raise ValueError(f"--top must be 0 or more and --resamples 1 or more, found {top} and {resamples}")
+    if top < 0 or not 1 <= resamples <= MOST_RESAMPLES:
+        raise ValueError(
+            f"--top must be 0 or more and --resamples from 1 to {MOST_RESAMPLES}, found {top} and {resamples}"
+        )
+    if html is not None:
+        check_page(Path(html))
     comparison = Comparison.of(read_run(Path(a)), read_run(Path(b)), resamples, seed)
     text = as_text(comparison)
     if html is not None:
         from utils.compare_page import page  # draws, so it is imported only where a page is wanted
 
         Path(html).parent.mkdir(parents=True, exist_ok=True)
-        Path(html).write_text(page(comparison, top), encoding="utf-8")
+        write_text(html, page(comparison, top))
         text += f"\nwritten: {html}"
     return text
+
+
+def check_page(file: Path) -> None:
+    """Refuses a file that a page would replace and that is no page of ours.
+
+    Raises:
+        FileExistsError: it is somebody's. ValueError: it is a folder.
+    """
+    if not file.exists() and not file.is_symlink():
+        return
+    if file.is_dir():
+        raise ValueError(f"{file} is a directory: give the name of a file for the page")
+    if not file.is_file() or GENERATOR.encode() not in file.read_bytes():
+        raise FileExistsError(f"{file} is there, and this program did not write it: move it away, or choose another name")
 
 
 # ------------------------------------------------------------------------------------------------ what is compared
@@ -105,13 +128,18 @@ class Run:
         """The records of a data set, every one with its pixels.
 
         Raises:
-            FileNotFoundError: there are none. ValueError: they are damaged, or an older test_read.py wrote them.
+            FileNotFoundError: there are none.
+            ValueError: they are damaged, of another data set, or an older test_read.py wrote them.
         """
         path = self.folder / predictions_name(dataset, split)
-        records = read_predictions(path)
+        records, about = read_finished(path)
+        settings = about["settings"] if about else {}
+        of = settings.get("dataset", dataset), settings.get("split", split)
+        if of != (dataset, split):
+            raise ValueError(f"{path} is of {'|'.join(map(str, of))}, not of {dataset}|{split}")
         for number, record in enumerate(records, 1):
-            if not all(isinstance(record.get(name), int) for name in ("intersection", "union")):
-                raise ValueError(f"{path}, line {number} lacks intersection and union, whole numbers of pixels")
+            if record.get("intersection") is None or record.get("union") is None:
+                raise ValueError(f"{path}, record {number} lacks intersection and union, whole numbers of pixels")
         return records
 
 
@@ -216,14 +244,8 @@ def read_run(folder: Path) -> Run:
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged; the message says how.
     """
-    path = folder / "results.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a folder that `test_read.py --out FOLDER` wrote")
-    try:
-        settings = json.loads(path.read_text())
-        rows = {(row["dataset"], row["split"]): row for row in settings.pop("results")}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no result of test_read.py: {type(error).__name__}: {error}") from error
+    settings = read_results(folder)
+    rows = {(row["dataset"], row["split"]): row for row in settings.pop("results")}
     return Run(folder, settings, rows)
 
 
@@ -261,6 +283,8 @@ def compare_set(a: Run, b: Run, dataset: str, split: str, resamples: int, seed: 
     for row, found, letter in zip(rows, records, "AB", strict=True):
         if not _agrees(row, list(found.values())):
             notes.append(f"the predictions of {letter} do not give the scores in its results.json: another run's?")
+        if differing := sum(_pixels(record) != expression(record)[1:3] for record in found.values()):
+            notes.append(f"the stored counts of {_count(differing, 'expression')} of {letter} are not those of the masks")
     places = [key[:2] for key in keys]
     number = {place: m for m, place in enumerate(dict.fromkeys(places))}
     image_of_E = np.array([number[place] for place in places])
@@ -289,6 +313,10 @@ def _placed(records: list[Record], dataset: str, folder: str | None) -> dict[tup
     return placed
 
 
+def _pixels(record: Record) -> tuple[int, int]:
+    return record["intersection"], record["union"]
+
+
 def _truth(record: Record) -> tuple[Any, ...]:
     """What a mask is measured against."""
     return record["target"], record.get("ignored"), record["exists"]
@@ -313,7 +341,8 @@ def iou_of(record: Record) -> float:
 def scores_of(records: list[Record], judged: bool) -> dict[str, Any]:
     """What `utils.metrics` makes of the stored pixels and, if presence was `judged`, of the presence."""
     rows = [
-        Expression(0, r["intersection"], r["union"], 0, 0, int(r["exists"]), int(r["predicted_exists"])) for r in records
+        Expression(0, *_pixels(r), 0, 0, *(UNKNOWN if r[n] is None else int(r[n]) for n in ("exists", "predicted_exists")))
+        for r in records
     ]
     return summarize(rows, generated=judged, resamples=0)
 
@@ -369,7 +398,7 @@ def _right(record: Record) -> int:
 
 def _score(row: dict[str, Any], name: str) -> float:
     value = row.get(name)
-    return math.nan if value is None else float(value)
+    return math.nan if value is None else value
 
 
 def _agrees(row: dict[str, Any], records: list[Record]) -> bool:

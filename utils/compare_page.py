@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 from utils import visualize
 from utils.compare import (
     ALIKE,
+    GENERATOR,
     NAMES,
     Comparison,
     DataSet,
@@ -42,6 +44,8 @@ GREY = 150
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """Of the page's content: nothing is loaded and nothing runs, even if something slipped through the escaping."""
 NEW_LINE = "\n"
+DRAWN = 2**27
+"""Most pixels of a mask that is drawn; a few letters of a file may stand for a mask that fills the memory."""
 BINS = 20
 """Bars of the histogram, from -1 to 1."""
 
@@ -64,6 +68,7 @@ def page(comparison: Comparison, top: int) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{GENERATOR}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{a} and {b}</title>
@@ -211,6 +216,11 @@ def _legend() -> str:
 
 def _card(number: int, pair: Pair, judged: tuple[bool, bool]) -> str:
     """One expression: three pictures with what was answered."""
+    if math.prod(pair.a["target"]["size"]) > DRAWN or math.prod(pair.b["mask"]["size"]) > DRAWN:
+        return (
+            f'<article class="card" aria-labelledby="card-{number}"><h3 id="card-{number}">{number}. {_e(pair.a["question"])}'
+            f'</h3><p class="problem">The masks have more than {DRAWN} pixels and are not drawn.</p></article>'
+        )
     target = decode_mask(pair.a["target"])
     ignored = decode_mask(pair.a["ignored"]) if pair.a.get("ignored") else None
     picture, problem = _picture(pair, target.shape)

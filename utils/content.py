@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-
 PLAIN = {int, float, str, bool, type(None)}
 """Types whose values are shown whole."""
 

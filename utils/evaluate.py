@@ -128,6 +128,9 @@ def evaluate(
     if collate is None:
         from dataset.collate import collate  # here, not above: of `utils`, this function alone looks at `dataset`
     conv_type = conv_type or model.config.conv_type
+    room = model.config.llava.text_config.max_position_embeddings - (max_new_tokens if protocol == "generate" else 0)
+    if protocol == "generate":
+        check_answer_length(max_new_tokens, model.config.llava.text_config.max_position_embeddings, model.config.num_patches)
     begin, was_training = time.monotonic(), model.training
     model.eval()
     kept = None
@@ -135,9 +138,14 @@ def evaluate(
         settings = {"protocol": protocol, "compat": compat, "conv_type": conv_type, **(settings or {})}
         kept = PredictionLog(predictions_path, settings, rank, overwrite)
     done = kept.done if kept else frozenset()
+    if done and max(done) >= len(dataset):
+        kept.abandon()
+        raise ValueError(
+            f"{predictions_path} holds image {max(done)}, and the data set has {len(dataset)}: choose another file, or throw it "
+            "away with --overwrite"
+        )
     open_ones = [index for index in range(len(dataset)) if index not in done]
     mine = [open_ones[i] for i in shard(len(open_ones), rank, world)]
-    room = model.config.llava.text_config.max_position_embeddings - (max_new_tokens if protocol == "generate" else 0)
     read = _Reader(dataset, mine, processor, protocol, conv_type, room, collate)
     # A generator of its own: validation must not move the random numbers of the training around it.
     loader = torch.utils.data.DataLoader(
@@ -195,6 +203,23 @@ def evaluate(
         "compat": compat,
         "conv_type": conv_type,
     }
+
+
+def check_answer_length(max_new_tokens: int, positions: int, num_patches: int) -> None:
+    """Refuses answers that leave no room for a prompt.
+
+    Args:
+        positions: most tokens of the language model, those of prompt, image and answer together.
+        num_patches: tokens of an image.
+
+    Raises:
+        ValueError: with the longest answer that leaves room.
+    """
+    if max_new_tokens + num_patches >= positions:
+        raise ValueError(
+            f"--max_new_tokens {max_new_tokens} leaves no room for a question: the model holds {positions} tokens, of which an "
+            f"image takes {num_patches}; give less than {positions - num_patches}, and leave some for the question"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ one picture
@@ -429,7 +454,7 @@ def _record(sample: Sample, n: int, row: Expression, prediction: Prediction, sec
         "mask": mask,
         "target": encode_mask(target == 1),
         "box": coco.toBbox(mask).tolist() if prediction.mask.any() else None,
-        "confidence": prediction.confidence,
+        "confidence": prediction.confidence if math.isfinite(prediction.confidence or 0) else None,  # JSON knows no NaN
         "points": [[round(x, 2), round(y, 2)] for x, y in prediction.points],
         "point_labels": prediction.point_labels,
         "seconds": round(seconds, 4),

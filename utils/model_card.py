@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 from utils.args import CONFIG_NAME, LOSS_FLAGS, TrainArgs
 from utils.cli import plain_errors
+from utils.files import as_object, read_object, whole_number, write_text
+from utils.metrics import summarize
+from utils.prediction_log import read_finished
+from utils.predictions import expressions, predictions_name
+from utils.scores import read_results
 
 if TYPE_CHECKING:
     from model import READConfig
 
 CARD, MERGED_FROM = "README.md", "merged_from.json"
+MARK = "<!-- Written by python -m utils.model_card, which replaces this file if it is asked to (--overwrite). -->"
+"""In each card, so that it is known as ours when it is to be replaced."""
 TEMPLATE = Path(__file__).with_suffix(".md")
 WITH_POINTS = (
     "SasP turns the\nsimilarity between that token and the image tokens into points, and SAM, prompted with the projected token "
@@ -42,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--name", help="what the model is called, e.g. its id on the hub (default: the folder)")
     parser.add_argument(
-        "--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace the card that is there"
+        "--overwrite", action=argparse.BooleanOptionalAction, default=False,
+        help="replace the card that this program wrote there",
     )
     return parser
 
@@ -52,22 +60,52 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     with plain_errors("model_card"):
         file = options.model / CARD
-        if file.exists() and not options.overwrite:
-            raise FileExistsError(f"{file} is there already: keep it, or replace it with --overwrite")
-        file.write_text(model_card(options.model, options.name, [read_results(folder) for folder in options.results]))
+        check_card(file, options.overwrite)
+        write_text(file, model_card(options.model, options.name, [measured(folder) for folder in options.results]))
         print(file)
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of an evaluation.
+def check_card(file: Path, overwrite: bool) -> None:
+    """Refuses a card that is there, unless it is ours and may be replaced.
 
     Raises:
-        FileNotFoundError: the folder has none.
+        FileExistsError: with what to do.
     """
-    file = folder / "results.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no results.json: give a folder that test_read.py wrote (its --out)")
-    return json.loads(file.read_text())
+    if not file.exists() and not file.is_symlink():
+        return
+    if not file.is_file() or MARK.encode() not in file.read_bytes():
+        raise FileExistsError(f"{file} is there, and this program did not write it: move it away first")
+    if not overwrite:
+        raise FileExistsError(f"{file} is there already: keep it, or replace it with --overwrite")
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """The results.json of an evaluation, if the predictions beside it are whole and give its scores.
+
+    Raises:
+        FileNotFoundError: the folder has none. ValueError: it, or a predictions file, is damaged or of another evaluation.
+    """
+    record = read_results(folder)
+    for name in ("version", "checkpoint", "protocol", "compat", "templates", "conv_type", "command"):
+        if not isinstance(record.get(name), str):
+            raise ValueError(f"{folder / 'results.json'} lacks {name}, which test_read.py writes: measure the model again")
+    for row in record["results"]:
+        file = folder / predictions_name(row["dataset"], row["split"])
+        if not file.exists():
+            continue
+        records, about = read_finished(file)
+        settings = about["settings"] if about else {}
+        found = summarize(expressions(records), generated=record["protocol"] == "generate", resamples=0)
+        same = all(math.isclose(_score(row, name), _score(found, name), abs_tol=1e-6) for name in ("giou", "ciou"))
+        if not same or settings.get("dataset", row["dataset"]) != row["dataset"]:
+            raise ValueError(f"{file} does not give the scores of {row['dataset']}|{row['split']} in results.json: measure again")
+    return record
+
+
+def _score(scores: dict[str, Any], name: str) -> float:
+    """A score; 0 where there is none, so that two of these agree."""
+    value = scores.get(name)
+    return 0.0 if value is None or math.isnan(value) else value
 
 
 def model_card(
@@ -90,7 +128,7 @@ def model_card(
 
     name = name or model.resolve().name
     file = model / "config.json"
-    fields = json.loads(file.read_text()) if file.is_file() else {}
+    fields = read_object(file) if file.is_file() else {}
     if fields.get("model_type") != READConfig.model_type:
         raise ValueError(f"{model} is no model in READ's own layout, which merge_lora_weight.sh writes: {file} does not say so")
     config = READConfig.from_dict(fields)
@@ -98,8 +136,9 @@ def model_card(
     for found in evaluations:
         if found.get("checkpoint") != weights:
             raise ValueError(f"the scores of {found['version']} are those of other weights than {model}: measure this model")
-    record = json.loads((model / MERGED_FROM).read_text()) if (model / MERGED_FROM).is_file() else None
-    return Template(TEMPLATE.read_text()).substitute(
+    record = read_merged_from(model)
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        mark=MARK,
         front=front_matter(name, config, evaluations, record),
         name=name,
         path=WITH_POINTS if config.sasp.enabled else "and SAM, prompted with the projected token (SasP is off),",
@@ -107,6 +146,22 @@ def model_card(
         training=training(record),
         scores=scores(config, evaluations, record),
     )
+
+
+def read_merged_from(model: Path) -> dict[str, Any] | None:
+    """What merging wrote about where a model is from; None if there is nothing.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = model / MERGED_FROM
+    if not file.exists():
+        return None
+    record = read_object(file)
+    for name in ("run", "checkpoint", "base", "preset"):
+        if not isinstance(record.get(name), str) and not (name == "preset" and record.get(name) is None):
+            raise ValueError(f"{file}, {name}: must be text, found {record.get(name)!r}: take the file away, or merge again")
+    return record
 
 
 def front_matter(
@@ -164,8 +219,10 @@ def training(record: dict[str, Any] | None) -> str:
     rows = {"base": f"`{record['base']}`", "preset": record["preset"] or "none", "checkpoint": Path(record["checkpoint"]).name}
     if (run / CONFIG_NAME).is_file():
         train = TrainArgs.load(run)
-        kept = json.loads((run / CONFIG_NAME).read_text())
-        per_step = train.batch_size * train.grad_accumulation_steps * kept["world_size"]
+        kept = read_object(run / CONFIG_NAME)
+        per_step = train.batch_size * train.grad_accumulation_steps * whole_number(
+            kept.get("world_size"), f"{run / CONFIG_NAME}, world_size"
+        )
         lora = f"LoRA of rank {train.lora_r}, alpha {train.lora_alpha} on {train.lora_target_modules}"
         rows |= {
             "data, by rate": ", ".join(f"{name} {rate:g}" for name, rate in train.mixture()),
@@ -174,7 +231,7 @@ def training(record: dict[str, Any] | None) -> str:
             "learning rate": f"{train.lr:g}, {train.warmup_steps} steps of warm-up",
             "loss": ", ".join(f"{name} {getattr(train, f'{name}_loss_weight'):g}" for name in LOSS_FLAGS),
             "precision": train.precision,
-            "packages": ", ".join(f"{name} {version}" for name, version in kept["versions"].items()),
+            "packages": ", ".join(f"{name} {version}" for name, version in as_object(kept.get("versions"), "versions").items()),
         }
     return table({"setting": "value"} | rows)
 
@@ -185,17 +242,20 @@ def scores(config: READConfig, evaluations: Sequence[dict[str, Any]], record: di
     for found in evaluations:
         for result in found["results"]:
             values = [f"{100 * result[metric]:.1f}" if result.get(metric) is not None else "" for metric in METRICS]
-            lost = f", {len(result['failed'])} pictures failed and left out" if result["failed"] else ""
+            failed = result.get("failed")
+            lost = f", {len(failed)} pictures failed and left out" if failed else ""
             data = f"{result['dataset']} {result['split']}{lost}"
             lines.append(" | ".join(["", data, protocol(found, config), *values, ""]).strip())
     if lines:
-        commands = "".join(f"\n    {found['command']}" for found in evaluations)
+        told = [row.get("command", found["command"]) for found in evaluations for row in found["results"]]
+        commands = "".join(f"\n    {command}" for command in dict.fromkeys(told))
         title = " | ".join(["", "data", "protocol", *METRICS.values(), ""]).strip()
         return "\n".join([title, "|---|---|" + "---|" * len(METRICS), *lines, "", "Percent, measured by", commands])
     best = Path(record["run"]) / "best.json" if record else None
     if best is not None and best.is_file():
-        found = json.loads(best.read_text())
-        if found["ciou"] is not None and found["tag"] == Path(record["checkpoint"]).name:
+        found = read_object(best)
+        known = all(type(found.get(name)) in (int, float) for name in ("giou", "ciou")) and "val_dataset" in found
+        if known and found.get("tag") == Path(record["checkpoint"]).name:
             return (
                 f"While it was trained, before merging, on {found['val_dataset']} with the answers forced: gIoU "
                 f"{100 * found['giou']:.1f}, cIoU {100 * found['ciou']:.1f}; the checkpoint was chosen by them."
@@ -212,14 +272,14 @@ def protocol(found: dict[str, Any], config: READConfig) -> str:
         words.append(f"{found['templates']} templates")
     if found["conv_type"] != config.conv_type:
         words.append(f"prompt {found['conv_type']}")
-    own, asked = dataclasses.asdict(config.sasp), found["sasp"]
-    if asked["enabled"] != own["enabled"]:
-        words.append("SasP on" if asked["enabled"] else "SasP off")
+    own, asked = dataclasses.asdict(config.sasp), found.get("sasp") or {}
+    if asked.get("enabled") != own["enabled"]:
+        words.append("SasP on" if asked.get("enabled") else "SasP off")
     elif asked["enabled"]:
-        words += [f"{name} {value}" for name, value in asked.items() if value != own[name]]
-    if found["bits"] is not None:
+        words += [f"{name} {value}" for name, value in asked.items() if value != own.get(name)]
+    if found.get("bits") is not None:
         words.append(f"blocks in {found['bits']} bits")
-    if found["limit"] is not None:
+    if found.get("limit") is not None:
         words.append(f"first {found['limit']} pictures")
     return ", ".join(words)
 

@@ -31,10 +31,11 @@ import os
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from pycocotools import mask as coco
@@ -163,7 +164,7 @@ REQUIRED = {
     "image_index": COUNT, "question_index": COUNT, "image": TEXT, "question": TEXT, "answer": TEXT, "exists": TRUTH,
     "predicted_exists": TRUTH, "mask": None, "target": None,
 }  # fmt: skip
-"""Fields without which a line is no record, and what they must be; None is an RLE. `exists` and `predicted_exists` may be null."""
+"""Fields without which a line is no record, and what they must be; None is an RLE. Of them, a TRUTH alone may be null."""
 OPTIONAL = {
     "prompt": TEXT, "num_seg": COUNT, "iou": NUMBER, "intersection": COUNT, "union": COUNT, "ignored": None,
     "box": (_is_box, "four numbers [x, y, width, height] or null"), "confidence": NUMBER,
@@ -397,34 +398,62 @@ def _all_shares(files: Sequence[Path]) -> list[Path]:
 
 def _read_share(file: Path) -> list[tuple[str, Any]]:
     """(image, entry) of one process's json; a name that is there twice stays there twice."""
+    text = read_text(file)
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
+        entries = json.loads(text, object_pairs_hook=_Pairs)
+    except RecursionError:
+        raise ValueError(f"{file} is no usable JSON: its lists and objects are nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(entries, _Pairs):
-        raise ValueError(f"{file}: found a {type(entries).__name__}, not an object with an entry a picture")
-    return [(image, dict(entry) if isinstance(entry, _Pairs) else entry) for image, entry in entries]
+        raise ValueError(f"{file}: found a {type(entries).__name__}, not an object with an entry for each image")
+    return list(entries)
 
 
 class _Pairs(list):
     """A JSON object with all its pairs."""
 
 
+RELEASED_LISTS = {
+    "conversation_list": (_is_text, "text"), "pred_sent": (_is_text, "text"),
+    "gt_exists": (lambda value: value in (0, 1), "true or false"),  # the original saves truth values, which 1 and 0 equal
+    "pred_exists": (lambda value: value in (0, 1), "true or false"),
+}  # fmt: skip
+"""Lists of an entry with a value for each question, and what the values must be."""
+
+
+def _released_lists(where: str, entry: Any) -> dict[str, list[Any]]:
+    """The lists of an entry, each with a value for each question."""
+    fields = dict(entry) if isinstance(entry, _Pairs | dict) else {}
+    if missing := [name for name in (*RELEASED_LISTS, "segmentation_path") if name not in fields]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    if len(fields) != len(entry):
+        raise ValueError(f"{where}: a field is there twice ({', '.join(name for name, _ in entry)})")
+    lists = {name: fields[name] for name in RELEASED_LISTS}
+    for name in ("ref_ids", "sent_ids"):  # one list an image in a list of one
+        if ids := fields.get(name):
+            lists[name] = ids[0] if isinstance(ids, list) and isinstance(ids[0], list) else ids
+    for name, values in lists.items():
+        if type(values) is not list:
+            raise ValueError(f"{where}, {name}: must be a list, found {shown(values)}")
+        is_right, words = RELEASED_LISTS.get(name, (lambda _: True, ""))
+        if wrong := [value for value in values if not is_right(value)]:
+            raise ValueError(f"{where}, {name}: must be {words} for each question, found {shown(wrong[0])}")
+        if len(values) != len(lists["conversation_list"]):
+            raise ValueError(
+                f"{where}: {name} has {len(values)} entries, conversation_list {len(lists['conversation_list'])}"
+            )
+    path = fields["segmentation_path"]
+    if not isinstance(path, str) or os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == "..":
+        raise ValueError(f"{where}, segmentation_path: must be a path inside the folder of the file, found {shown(path)}")
+    return lists | {"segmentation_path": path}
+
+
 def _released_records(file: Path, image: str, entry: Any, index: int) -> list[dict[str, Any]]:
     where = f"{file}, {image}"
-    needed = ("conversation_list", "pred_sent", "gt_exists", "pred_exists", "segmentation_path")
-    missing = [name for name in needed if not isinstance(entry, dict) or name not in entry]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    count = len(entry["conversation_list"])
-    lists = {name: entry[name] for name in ("pred_sent", "gt_exists", "pred_exists")}
-    for name in ("ref_ids", "sent_ids"):  # one list a picture in a list of one
-        if entry.get(name):
-            lists[name] = entry[name][0] if isinstance(entry[name][0], list) else entry[name]
-    for name, values in lists.items():
-        if len(values) != count:
-            raise ValueError(f"{where}: {name} has {len(values)} entries, conversation_list {count}")
-    masks, targets = _read_masks(file.parent / entry["segmentation_path"], where, count)
+    lists = _released_lists(where, entry)
+    path, count = lists.pop("segmentation_path"), len(lists["conversation_list"])
+    masks, targets = _read_masks(file.parent / path, where, count)
     records = []
     for n, (mask, target) in enumerate(zip(masks, targets, strict=True)):
         rle, ignored = encode_mask(mask), target == IGNORE_PIXEL
@@ -432,12 +461,12 @@ def _released_records(file: Path, image: str, entry: Any, index: int) -> list[di
             "image_index": index,
             "question_index": n,
             "image": image,
-            "question": entry["conversation_list"][n],
-            "prompt": entry["conversation_list"][n],
-            "answer": entry["pred_sent"][n],
-            "exists": bool(entry["gt_exists"][n]),
-            "predicted_exists": bool(entry["pred_exists"][n]),
-            "num_seg": entry["pred_sent"][n].count("[SEG]"),
+            "question": lists["conversation_list"][n],
+            "prompt": lists["conversation_list"][n],
+            "answer": lists["pred_sent"][n],
+            "exists": bool(lists["gt_exists"][n]),
+            "predicted_exists": bool(lists["pred_exists"][n]),
+            "num_seg": lists["pred_sent"][n].count("[SEG]"),
             "mask": rle,
             "target": encode_mask((target != 0) & ~ignored),
             "box": [float(side) for side in coco.toBbox(rle)] if mask.any() else None,
@@ -460,13 +489,41 @@ def _read_masks(path: Path, where: str, count: int) -> tuple[np.ndarray, np.ndar
     if not path.is_file():
         raise FileNotFoundError(f"{where}: segmentation_path {path} does not exist")
     try:
-        with np.load(path) as arrays:
+        with zipfile.ZipFile(path) as archive:
+            for name in ("pred", "gt"):
+                with archive.open(f"{name}.npy") as member:
+                    _check_header(member, f"{path}: {name}", where, count)
+        with np.load(path, allow_pickle=False) as arrays:
             masks, targets = arrays["pred"], arrays["gt"]
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _HeaderError as error:
+        raise ValueError(str(error)) from None
+    except (KeyError, ValueError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no archive of pred and gt: {error}") from error
-    for name, array in (("pred", masks), ("gt", targets)):
-        if array.ndim != 3 or len(array) != count:
-            raise ValueError(f"{path}: {name} is {array.shape}, but {where} has {count} questions, hence ({count}, H, W)")
     if masks.shape != targets.shape:
         raise ValueError(f"{path}: pred is {masks.shape}, gt {targets.shape}: they must agree")
+    for name, array in (("pred", masks), ("gt", targets)):
+        # NaN compares as false.
+        if array.size and not ((array >= 0) & (array <= IGNORE_PIXEL)).all():
+            raise ValueError(f"{path}: {name} must hold numbers from 0 to {IGNORE_PIXEL}")
     return masks, targets
+
+
+class _HeaderError(ValueError):
+    """An array of the wrong shape or kind, known before it is loaded."""
+
+
+def _check_header(member: IO[bytes], name: str, where: str, count: int) -> None:
+    """Reads what an array is from the beginning of its file: a few bytes of zip may stand for more than memory holds."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(member)
+    if dtype.kind not in "biuf":
+        raise _HeaderError(f"{name} must hold numbers, found {dtype}")
+    if len(shape) != 3 or shape[0] != count:
+        raise _HeaderError(f"{name} is {shape}, but {where} has {count} questions, hence ({count}, H, W)")
+    if shape[1] * shape[2] > MAX_PIXELS or math.prod(shape) * dtype.itemsize > MAX_BYTES:
+        raise _HeaderError(f"{name} is {shape} of {dtype}: larger than any masks of the original")
+
+
+MAX_BYTES = 2**32
+"""Of the masks of one image."""

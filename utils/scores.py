@@ -3,6 +3,7 @@
     table(results)                          text in percent, a row a data set and a row each of its subsets
     differences(record_a, record_b)         sentences; none if the settings forbid no comparison
     recompute([path, ...])                  results of predictions files and of folders, the original's too
+    read_results(folder)                    the record in a folder of test_read.py
 
 A result is an entry of `results` in a results.json: `dataset`, `split` and what `utils.metrics.summarize` returns. A record is
 the whole of that file. No model and no picture is needed here.
@@ -15,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.files import as_object, read_object, shown
 from utils.metrics import THRESHOLDS, summarize
-from utils.prediction_log import read_settings, settings_file
+from utils.prediction_log import read_finished, settings_file, wrong_settings
 from utils.predictions import (
     RELEASED_NAME,
     expressions,
-    read_predictions,
     read_released,
     released_files,
 )
@@ -80,6 +81,56 @@ def _with_interval(head: str, key: str, scores: Sequence[dict[str, Any]]) -> lis
 
 def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+# ------------------------------------------------------------------------------------------------ results.json
+
+RESULTS = "results.json"
+SCORES = ("giou", "ciou", "see", "n_acc", "t_acc", "say", *(f"p@{x}" for x in THRESHOLDS))
+COUNTS = ("images", "expressions", "images_in_split", "intersection", "union")
+TEXTS = ("version", "command", "checkpoint", "preset", "dtype", "dataset_dir")
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """The content of a results.json: settings, and `results`, one for each data set and split.
+
+    Raises:
+        FileNotFoundError: the folder has none. ValueError: it is none; the message names file and field.
+    """
+    file = Path(folder) / RESULTS
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist: give a folder that `test_read.py --out FOLDER` wrote")
+    try:
+        record = read_object(file)
+        if wrong := wrong_settings(record) + [name for name in TEXTS if not isinstance(record.get(name), str | None)]:
+            raise ValueError(f"{wrong[0]}: found {shown(record[wrong[0]])}")
+        if not isinstance(record.get("results"), list):
+            raise ValueError(f"results: must be a list, found {shown(record.get('results'))}")
+        names = set()
+        for number, row in enumerate(record["results"]):
+            _check_row(as_object(row, f"results[{number}]"), f"results[{number}]")
+            if (name := (row["dataset"], row["split"])) in names:
+                raise ValueError(f"results[{number}]: {'|'.join(name)} is there twice")
+            names.add(name)
+    except ValueError as error:
+        told = str(error).removeprefix(f"{file}").lstrip(":, ")
+        raise ValueError(f"{file} is no result of test_read.py: {told}") from None
+    return record
+
+
+def _check_row(row: dict[str, Any], where: str) -> None:
+    """Refuses a row whose names, counts or scores are of another kind: ValueError begins with `where`."""
+    for name in ("dataset", "split"):
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"{where}, {name}: must be text, found {shown(row.get(name))}")
+    for name in (*SCORES, *COUNTS):
+        value, limit = row.get(name), 1 if name in SCORES else math.inf
+        if value is not None and not (type(value) in (int, float) and 0 <= value <= limit):  # NaN compares as false
+            raise ValueError(f"{where}, {name}: must be a number from 0 to {limit} or null, found {shown(value)}")
+    if wrong := wrong_settings(row):
+        raise ValueError(f"{where}, {wrong[0]}: found {shown(row[wrong[0]])}")
+    if not isinstance(row.get("failed", []), list):
+        raise ValueError(f"{where}, failed: must be a list, found {shown(row['failed'])}")
 
 
 # ------------------------------------------------------------------------------------------------ may they be compared?
@@ -155,7 +206,8 @@ def recompute(paths: Sequence[str | Path], protocol: str | None = None) -> list[
 
     Returns:
         What `summarize` returns, with `dataset`, `split`, `protocol`, `path`, and `stored_differ`: expressions whose stored
-        I or U is not what their masks give. `settings`, `failed`, `images_in_split` and more are what stands beside our own.
+        I or U is not what their masks give. `settings`, `failed`, `images_in_split` and more are what stands beside our own;
+        `completeness_known` is False where nothing says how much was written.
 
     Raises:
         FileNotFoundError, ValueError: nothing to read, something broken, or a protocol that is unknown or contradicted.
@@ -179,22 +231,25 @@ def recompute(paths: Sequence[str | Path], protocol: str | None = None) -> list[
 
 def _own(path: Path, protocol: str | None) -> dict[str, Any]:
     """The result of a predictions file of test_read.py; how it was made stands beside it."""
-    records = read_predictions(path)
-    about = read_settings(path) or {"settings": {}, "failed": []}
+    records, about = read_finished(path)
+    if not records and about is None:
+        raise ValueError(f"{path} is empty: copy it again")
+    known = about is not None and "hash" in about
+    about = about or {"settings": {}, "failed": []}
     settings = about["settings"]
     if not settings and protocol is None:
         raise ValueError(f"{path} has no {settings_file(path).name} beside it that names its protocol: say --protocol")
     name, _, split = path.name.removeprefix("predictions_").removesuffix(".jsonl").rpartition("_")
-    names = {"dataset": settings.get("dataset", name or split), "split": settings.get("split", split if name else "")}
+    names = {"dataset": settings.get("dataset") or name or split, "split": settings.get("split") or (split if name else "")}
     kept = {key: settings[key] for key in ("compat", "conv_type", "images_in_split", "limit") if key in settings}
     scores = _scores(records, path, settings.get("protocol"), protocol)
-    return {**names, **scores, **kept, "failed": about["failed"], "settings": settings}
+    return {**names, **scores, **kept, "failed": about["failed"], "settings": settings, "completeness_known": known}
 
 
 def _original(files: Sequence[Path], name: str, protocol: str | None) -> dict[str, Any]:
     """The result of a data set in the original's layout; it knows one split, val."""
     scores = _scores(read_released(files), files[0].parent, "generate", protocol)
-    return {"dataset": name, "split": "val", **scores, "failed": []}
+    return {"dataset": name, "split": "val", **scores, "failed": [], "completeness_known": True}
 
 
 def _scores(records: list[dict[str, Any]], path: Path, told: str | None, wanted: str | None) -> dict[str, Any]:
