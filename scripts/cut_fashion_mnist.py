@@ -13,12 +13,19 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import sys
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils.cli import plain_errors  # noqa: E402
+from utils.files import read_bytes  # noqa: E402
+
 CLASSES = {0: "t-shirt", 1: "trousers", 2: "pullover", 3: "dress", 5: "sandal", 7: "sneaker", 8: "bag", 9: "boot"}
 COUNTS = {"train": 700, "test": 80}
 FILES = {"train": "train", "test": "t10k"}
@@ -39,17 +46,33 @@ def is_clean(photo: np.ndarray) -> bool:
     return pieces == 2 and 130 < stats[1, cv2.CC_STAT_AREA] < 640 and photo[mask].mean() > 80
 
 
-def main() -> None:
+def read_idx(file: Path, header: int, size: int) -> np.ndarray:
+    """The uint8 values of a compressed IDX file behind its header, a multiple of `size`.
+
+    Raises:
+        FileNotFoundError, ValueError: with the file's name.
+    """
+    data = read_bytes(file)
+    try:
+        values = np.frombuffer(gzip.decompress(data)[header:], np.uint8)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is damaged or no gzip file: {error}") from error
+    if not len(values) or len(values) % size:
+        raise ValueError(f"{file} holds {len(values)} values, which is no multiple of {size}: download it again")
+    return values
+
+
+@plain_errors("cut_fashion_mnist.py")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fashion", type=Path)
     parser.add_argument("skimage", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "assets/mini")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     photos = {}
     for split, stem in FILES.items():
-        images = np.frombuffer(gzip.open(args.fashion / f"{stem}-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
-        labels = np.frombuffer(gzip.open(args.fashion / f"{stem}-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
-        images = images.reshape(-1, 28, 28)
+        images = read_idx(args.fashion / f"{stem}-images-idx3-ubyte.gz", 16, 28 * 28).reshape(-1, 28, 28)
+        labels = read_idx(args.fashion / f"{stem}-labels-idx1-ubyte.gz", 8, 1)
         for label, name in CLASSES.items():
             clean = [photo for photo in images[labels == label][: 8 * COUNTS[split]] if is_clean(photo)]
             photos[f"{split}/{name}"] = np.stack(clean[: COUNTS[split]])
@@ -57,7 +80,9 @@ def main() -> None:
     np.savez_compressed(args.out / "photos.npz", **photos)
     textures = {}
     for name in TEXTURES:  # the left half is for training, the right half for val and test
-        whole = cv2.imread(str(args.skimage / f"{name}.png"), cv2.IMREAD_GRAYSCALE)
+        whole = cv2.imdecode(np.frombuffer(read_bytes(args.skimage / f"{name}.png"), np.uint8), cv2.IMREAD_GRAYSCALE)
+        if whole is None:
+            raise ValueError(f"{args.skimage / name}.png cannot be read as an image")
         grey = cv2.resize(whole, (384, 384), interpolation=cv2.INTER_AREA)
         textures[f"train/{name}"], textures[f"test/{name}"] = grey[:, :192], grey[:, 192:]
     np.savez_compressed(args.out / "textures.npz", **textures)

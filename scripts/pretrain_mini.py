@@ -48,7 +48,9 @@ from model import (  # noqa: E402
 from model import llava as llava_adapter  # noqa: E402
 from model.sam import upscale_logits  # noqa: E402
 from utils import distributed  # noqa: E402
+from utils.cli import plain_errors  # noqa: E402
 from utils.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, with_image  # noqa: E402
+from utils.files import whole_number  # noqa: E402
 from utils.tokenizer import add_read_tokens, load_tokenizer  # noqa: E402
 
 CLIP_SIZE, PATCH, SAM_SIZE = 168, 14, 256
@@ -494,7 +496,13 @@ def save_stage(model: READForCausalLM, folder: Path, stage: str) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """The base as a folder of fp16 safetensors, loadable on its own, and how it was learnt, in curve.jsonl."""
+    """The base as a folder of fp16 safetensors, loadable on its own, and how it was learnt, in curve.jsonl.
+
+    Raises:
+        ValueError: the folder to write holds something else.
+    """
+    if args.to.is_dir() and any(args.to.iterdir()) and not (args.to / "curve.jsonl").is_file():
+        raise ValueError(f"--to {args.to} holds something that no export wrote (it has no curve.jsonl): choose another folder")
     model, processor = build_model(args.start or args.out)
     load_parts(model, args.out, args.start)
     if args.average is not None:
@@ -510,7 +518,8 @@ def export(args: argparse.Namespace) -> None:
     print(f"wrote {args.to}: {sum(f.stat().st_size for f in Path(args.to).iterdir()) / 1e6:.1f} MB")
 
 
-def main() -> None:
+@plain_errors("pretrain_mini.py")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["tokenizer", *STAGE_PREFIXES, "export"])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/base", help="folder of the stages' weights and logs")
@@ -530,7 +539,11 @@ def main() -> None:
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast; half as fast on CPUs without AMX"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "turns", "threads"):
+        whole_number(getattr(args, name), f"--{name}")
+    if not (args.minutes > 0 and args.lr > 0 and args.seed >= 0):
+        raise ValueError(f"--minutes {args.minutes:g} --lr {args.lr:g} must be positive and --seed {args.seed} 0 or more")
     torch.set_num_threads(args.threads)
     if args.stage == "tokenizer":
         build_tokenizer(args.out, args.seed)
