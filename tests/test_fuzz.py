@@ -1,7 +1,7 @@
-"""Every reader, fed with damaged files: it refuses with one line that names the file, or gives what an oracle written by hand gives.
+"""Every reader, fed with damaged files: it refuses with one line that names the file, or gives what an oracle gives.
 
-`READ_FUZZ_CASES=5000 READ_FUZZ_SEED=1 python -m pytest tests/test_fuzz.py` tries more, and others. The oracles know nothing of the
-readers: they state what a file of that format means, with json, csv, PIL and pycocotools alone.
+`READ_FUZZ_CASES=5000 READ_FUZZ_SEED=1 python -m pytest tests/test_fuzz.py` tries more, and others. The oracles are written by
+hand and know nothing of the readers: they state what a file means, with json, csv, PIL and pycocotools alone.
 """
 
 import base64
@@ -70,21 +70,8 @@ def words(text: Any) -> str:
     return " ".join(text.split())
 
 
-def pixels_of(segmentation: Any) -> int:
-    """Pixels of a COCO segmentation in an image of HEIGHT x WIDTH; a polygon of fewer than three points is empty."""
-    parts = segmentation if isinstance(segmentation, list) else [segmentation]
-    total = np.zeros((HEIGHT, WIDTH), bool)
-    for part in parts:
-        if isinstance(part, list) and len(part) < 6:
-            continue
-        encoded = coco.frPyObjects([part] if isinstance(part, list) else part, HEIGHT, WIDTH) if not (
-            isinstance(part, dict) and isinstance(part["counts"], str)) else part  # fmt: skip
-        decoded = coco.decode(encoded)
-        total |= decoded.any(axis=2) if decoded.ndim == 3 else decoded.astype(bool)
-    return int(total.sum())
-
-
 def union(segmentations: list[Any]) -> int:
+    """Pixels of COCO segmentations together, in HEIGHT x WIDTH; a polygon of fewer than three points is empty."""
     total = np.zeros((HEIGHT, WIDTH), bool)
     for segmentation in segmentations:
         for part in segmentation if isinstance(segmentation, list) else [segmentation]:
@@ -249,13 +236,14 @@ def read_reason(file: Path) -> Any:
 
     ReasonTraining(file.parents[3])  # opens the split, as training does
     note = read_annotation(file)
-    return [note.texts, note.is_sentence, [list(e) for e in note.false_premises], int((draw_mask(note.shapes, HEIGHT, WIDTH) == 1).sum())]
+    drawn = draw_mask(note.shapes, HEIGHT, WIDTH)
+    return [note.texts, note.is_sentence, [list(entry) for entry in note.false_premises], int((drawn == 1).sum())]
 
 
 def reason_oracle(file: Path) -> Any:
     value = json.loads(decoded(file.read_bytes()))
     texts = [value["text"]] if isinstance(value["text"], str) else value["text"]
-    outlines = [shape["points"] for shape in value["shapes"] if shape["label"].lower() != "flag" and "ignore" not in shape["label"].lower()]
+    outlines = [shape["points"] for shape in value["shapes"] if shape["label"].lower() != "flag"]
     false = [[query, bool(is_sentence), answer] for query, is_sentence, answer in value.get("false_premise_QA") or []]
     return [texts, bool(value["is_sentence"]), false, fill(outlines)]
 
@@ -312,11 +300,13 @@ def refcoco_oracle(file: Path) -> Any:
     refs = pickle.loads((file.parent / "refs(unc_exclude_unified).p").read_bytes())
     images = {record["id"]: record for record in value["images"]}
     notes = {record["id"]: record for record in value["annotations"]}
-    return [
-        [images[ref["image_id"]]["file_name"], sentence["sent"],
-         union([notes[n]["segmentation"] for n in (ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]) if n != -1])]
-        for ref in refs if ref["split"] == "train" for sentence in ref["sentences"]
-    ]  # fmt: skip
+    found = []
+    for ref in refs:
+        numbers = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+        drawn = union([notes[number]["segmentation"] for number in numbers if number != -1])
+        name = images[ref["image_id"]]["file_name"].replace("\\", "/")
+        found += [[name, sentence["sent"], drawn] for sentence in ref["sentences"] if ref["split"] == "train"]
+    return found
 
 
 def build_vqa(folder: Path) -> Path:
@@ -524,7 +514,8 @@ def read_run(file: Path) -> Any:
 def run_oracle(file: Path) -> Any:
     from utils.args import TrainArgs
 
-    return {**vars(TrainArgs(exp_name="x")), **content(file)["train"]}
+    value = content(file)["train"]
+    return {**vars(TrainArgs()), **value, "exp_name": value.get("exp_name") or value.get("preset") or "read_referseg"}
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -549,13 +540,13 @@ def read_small_files(file: Path) -> Any:
 
     processor = READProcessor.from_pretrained(file.parent, vision_tower=CKPT / "clip_tiny")
     config = read_config(file.parent, SHAPES, SAM_SHAPES, CKPT / "clip_tiny")
-    return [processor.seg_token_id, processor.im_start_id, processor.im_end_id, config.seg_token_id, config.im_start_id, config.im_end_id]
+    return [[part.seg_token_id, part.im_start_id, part.im_end_id] for part in (processor, config)]
 
 
 def small_files_oracle(file: Path) -> Any:
     """Whatever else was changed: the three tokens are the same for processor and model, and are those of the added tokens."""
     added = content(file.parent / "added_tokens.json")
-    return [added["[SEG]"], added["<im_start>"], added["<im_end>"]] * 2
+    return [[added["[SEG]"], added["<im_start>"], added["<im_end>"]]] * 2
 
 
 SHAPES: dict[str, tuple[int, ...]] = {}
@@ -595,7 +586,7 @@ def safetensors_oracle(file: Path) -> Any:
 
 
 def bin_oracle(file: Path) -> Any:
-    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return sorted((key, tensor.numpy().tobytes()) for key, tensor in loaded.items())
 
 
@@ -648,11 +639,11 @@ def ai_mask_oracle(file: Path) -> Any:
 
 
 READERS = {
-    "own table": Reader(build_table, lambda f: read_own(f.parent), table_oracle, structured=False, also_names=(".jpg", ".png")),
-    "own JSON lines": Reader(build_lines, lambda f: read_own(f.parent), lines_oracle, structured=False, also_names=(".jpg", ".png")),
+    "own table": Reader(build_table, lambda f: read_own(f.parent), table_oracle, structured=False),
+    "own JSON lines": Reader(build_lines, lambda f: read_own(f.parent), lines_oracle, structured=False),
     "own COCO": Reader(build_coco, lambda f: read_own(f.parent), coco_oracle),
-    "own LabelMe": Reader(build_labelme, lambda f: read_own(f.parent), labelme_oracle),
-    "own LabelMe masks": Reader(build_ai_mask, lambda f: read_own(f.parent), ai_mask_oracle),
+    "own LabelMe": Reader(build_labelme, lambda f: read_own(f.parent), labelme_oracle, also_names=(" cannot be used",)),
+    "own LabelMe masks": Reader(build_ai_mask, lambda f: read_own(f.parent), ai_mask_oracle, also_names=(" cannot be used",)),
     "ReasonSeg": Reader(build_reason, read_reason, reason_oracle),
     "RefCOCO instances": Reader(build_instances, read_refcoco, refcoco_oracle, also_names=("refs(", "COCO_7")),
     "RefCOCO refs": Reader(lambda f: build_instances(f).with_name("refs(unc_exclude_unified).p"), read_refcoco, refcoco_oracle,
@@ -669,7 +660,8 @@ READERS = {
     "config.json": Reader(build_checkpoint("config.json"), read_small_files, small_files_oracle),
     "added_tokens.json": Reader(build_checkpoint("added_tokens.json"), read_small_files, small_files_oracle),
     "tokenizer_config.json": Reader(build_checkpoint("tokenizer_config.json"), read_small_files, small_files_oracle),
-    "tokenizer.model": Reader(build_checkpoint("tokenizer.model"), read_small_files, small_files_oracle, structured=False),
+    "tokenizer.model": Reader(build_checkpoint("tokenizer.model"), read_small_files, small_files_oracle, structured=False,
+                              also_names=("added_tokens.json",)),
     "safetensors": Reader(build_safetensors, read_weights, safetensors_oracle, structured=False),
     "bin": Reader(build_bin, read_weights, bin_oracle, structured=False),
     "index of shards": Reader(build_index, read_index, index_oracle),
