@@ -454,14 +454,14 @@ def _image_of(file: Path, content: Any) -> Path | None:
 def _labelme(file: Path, content: Any) -> Picture:
     if not _is_labelme(content):
         raise ValueError(f"{file} is no LabelMe file: `shapes` must be a list, and it has {_fields(content)}")
-    named = content.get("imagePath") or ""
-    if not isinstance(named, str):
+    named = content.get("imagePath")
+    if not isinstance(named, str | None):
         raise ValueError(f"{file}, imagePath: must be the name of an image file, found {shown(named)}")
     path = _image_of(file, content)
     if path is None:
-        raise ValueError(f"{file}, imagePath: neither {shown(named)} nor {file.stem}.jpg, .jpeg or .png is there")
+        raise ValueError(f"{file}, imagePath: neither {shown(named or '')} nor {file.stem}.jpg, .jpeg or .png is there")
     size = _labelme_size(file, content)
-    if content.get("text") or "is_sentence" in content:  # AnyLabeling writes an empty `text` into every file
+    if content.get("text") not in (None, "") or "is_sentence" in content:  # AnyLabeling writes an empty `text` into every file
         note = read_annotation(file)
         mask = partial(draw_shapes, _outlines(file, note.shapes, asked=False))
         asked = [Question(_text(text), note.is_sentence, mask, where=f"{file}, text") for text in note.texts]
@@ -502,7 +502,8 @@ def _outlines(file: Path, shapes: Sequence[Any], asked: bool) -> list[dict[str, 
         try:
             if not isinstance(shape, dict):
                 raise ValueError(f"must be an object {{...}}, found {shown(shape)}")
-            label, kind = shape["label"], shape.get("shape_type") or "polygon"
+            label, kind = shape["label"], shape.get("shape_type")
+            kind = "polygon" if kind in (None, "") else kind
             for name, value in (("label", label), ("shape_type", kind)):
                 if not isinstance(value, str):
                     raise ValueError(f"{name} must be text, found {shown(value)}")
@@ -661,10 +662,10 @@ def _open(path: Path, files: list[Path], within: str | None = None) -> dict[str,
         return {split: lambda data=data: data for split, data in read_table(tables[0], within).items()}
     found: dict[str, Callable[[], OwnSplit]] = {}
     named = {file: NAMED_SPLIT.search(file.stem) for file in sorted([*coco, *broken])}
+    if unnamed := [file for file in broken if within or not named[file]]:
+        raise broken[unnamed[0]]  # those of one split are named when it is opened, and hide no other
     for file, name in named.items():
         split = within or (SPLITS[name[1].lower()] if name else "train")
-        if file in broken and (not name or split in found):
-            raise broken[file]
         if split in found or (len(named) > 1 and not name):
             told = ", ".join(f.name for f in list(named)[:5])
             raise ValueError(f"{path} holds {len(named)} files ({told}): give the path of one, or let the names of COCO files "

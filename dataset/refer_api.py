@@ -37,7 +37,7 @@ SPLIT_BY = {
 """Which file of splits each data set uses; `exclude_unified` has no training picture of any family's val or test."""
 MAX_PIXELS = 10**9
 """No image may be said to have more: masks of that size are allocated."""
-MAX_OUTLINE = 10**7
+MAX_OUTLINE = 2 * 10**6
 """Pixels. Drawing a polygon takes time and memory in proportion to its outline, also where it is outside of the image."""
 
 
@@ -214,7 +214,9 @@ class Refer:
                 continue
             exists = _exists(sentence, place)
             faults = [f"sent {fault}" for fault in text_faults(sent)]
-            if not exists and gt_sent not in (None, ""):  # of what is there it says nothing
+            if isinstance(gt_sent, str) and not gt_sent.strip():
+                gt_sent = None
+            if not exists and gt_sent is not None:  # of what is there it says nothing
                 faults += [f"gt_sent {fault}" for fault in text_faults(gt_sent)]
             if faults:
                 raise ValueError(f"{faults[0]} (sentences[{place}])")
@@ -263,7 +265,7 @@ def draw_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
         raise ValueError(f"a polygon must be a list of numbers, an RLE an object {{...}}, found {shown(segmentation)}")
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
     found = [encoded for part in parts if (encoded := _rle(part, height, width)) is not None]
-    return coco_mask.decode(found).max(axis=2) if found else np.zeros((height, width), np.uint8)
+    return coco_mask.decode(coco_mask.merge(found)) if found else np.zeros((height, width), np.uint8)
 
 
 def _rle(part: Any, height: int, width: int) -> dict[str, Any] | None:
@@ -293,10 +295,9 @@ def _rle(part: Any, height: int, width: int) -> dict[str, Any] | None:
             raise ValueError(f"an RLE is damaged: its runs have {sum(runs)} pixels, the picture {height} x {width}")
         return coco_mask.frPyObjects({"size": size, "counts": runs}, height, width)
     try:
-        numbers = np.asarray(part)
-        if numbers.size and numbers.dtype.kind in "USb":
-            raise ValueError(f"found {shown(part)}")  # NumPy would make numbers of "8" and of true
-        points = numbers.astype(float)
+        if isinstance(part, list) and not {str, bool}.isdisjoint(map(type, part)):  # NumPy would make numbers of "8" and true
+            raise ValueError(f"found {shown(part)}")
+        points = np.asarray(part, dtype=float)
     except (TypeError, ValueError, OverflowError) as error:  # the last of a number like 10^400
         raise ValueError(f"a polygon must be a list of numbers: {error}") from error
     if points.ndim != 1 or len(points) % 2:

@@ -838,6 +838,8 @@ def compressed(mask):
         ([], (5, -1, 6), 36),
         ([[3.0, 2, 9, 2, 9, 8, 3, 8], [3.0, 4]], 5, 36),
         ([{"size": [24, 32], "counts": [0, 24, 744]}], 5, 24),
+        ({"size": [24.0, 32.0], "counts": [0.0, 24, 744]}, 5, 24),
+        ([[3, 2, 9, 2, 9, 8, 3, 8]] * 3, 5.0, 36),
         ([[-50.0, -50, 99, -50, 99, 99, -50, 99]], 5, 24 * 32),
     ],
 )
@@ -870,8 +872,18 @@ def test_empty_masks_are_empty_targets_and_noted(tmp_path, capsys, segmentation,
         ({"size": [24, 32]}, "an RLE lacks the field 'counts'"),
         ({"counts": [768]}, "an RLE lacks the field 'size'"),
         ("abc", "a polygon must be a list of numbers"),
+        *((value, "a polygon must be a list of numbers, an RLE an object") for value in (None, 5, True, "")),
+        *(([[value, 2, 9, 2, 9, 8]], "a polygon must be a list of numbers") for value in ("3", True, 10**400, [3], {})),
+        *(([[value, 2, 9, 2, 9, 8]], "a polygon has a point that is no place") for value in (1e300, float("inf"))),
+        ([[10**6 * (-1) ** n for n in (0, 0, 1, 0, 1, 1, 0, 1)]], "a polygon has an outline of 8000000 pixels"),
+        *(({"size": size, "counts": [768]}, "an RLE cannot be read: size")
+          for size in (["24", "32"], [24.5, 32], [True, 32], [24], [24, 32, 3], "24", None, {}, [NAN, 32], [10**400, 32])),
+        *(({"size": [24, 32], "counts": counts}, "an RLE cannot be read: counts")
+          for counts in (["768"], [767.5, 0.5], [True, 767], [None], [[768]], [10**400], 768, {}, [NAN])),
+        *(({"size": [24, 32], "counts": counts}, "an RLE cannot be read: ") for counts in ("o" * 10**6, "\x80", "é", "~", " ")),
+        ({}, "an RLE lacks the field 'size'"),
     ],
-)
+)  # fmt: skip
 def test_segmentations_that_cannot_be_drawn_are_named(tmp_path, capsys, segmentation, words):
     """pycocotools ends the process on a polygon with NaN, and fills a short RLE up with what lies in memory."""
     refer(tmp_path, segmentation)
@@ -917,8 +929,10 @@ def test_records_of_the_refer_family_that_are_broken(tmp_path):
     content = json.loads((folder / "instances.json").read_text())
     for broken, words in (
         ("{", "instances.json is no JSON"),
-        ("[]", "instances.json has no field 'images'"),
+        ("[]", "instances.json: must be a JSON object"),
+        ("{}", "instances.json has no field 'images'"),
         (json.dumps({**content, "images": [{"file_name": "a.jpg"}]}), "each of the images needs a field 'id'"),
+        (json.dumps({**content, "images": None}), "has no list in the field 'images'"),
     ):
         (folder / "instances.json").write_text(broken)
         with pytest.raises(ValueError, match=words):
@@ -1202,6 +1216,153 @@ def test_a_label_map_of_16_bits_and_another_size(tmp_path, capsys):
             SemSegTraining(tmp_path, "mapillary").draw(np.random.default_rng(seed))
     assert check(["--dataset_dir", str(tmp_path), "--dataset", "mapillary", "--pictures"]) == 2
     assert "a.jpg has 24 x 32 pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["images", "annotations"])
+@pytest.mark.parametrize(("value", "words"), [("first", "have the same id"), (None, "must be a whole number or text"),
+                                              (True, "must be a whole number"), ([1], "must be a whole number")])  # fmt: skip
+def test_ids_that_are_doubled_or_none_are_named(tmp_path, capsys, part, value, words):
+    """The last of two records used to win: its mask was drawn for the expressions of both."""
+    file = refer(tmp_path) / "instances.json"
+    content = json.loads(file.read_text())
+    content[part][1]["id"] = content[part][0]["id"] if value == "first" else value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"instances.json: each of the {part} needs a field 'id' of its own: {part}\[.*{words}"):
+        Refer(tmp_path, "refcoco")
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "refcoco"]) == 2
+    assert "broken   refcoco: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        *((side, value, f"{side}: must be a whole number from 1 to")
+          for side in ("height", "width") for value in ("24", None, 24.5, [24], True, 0, -1, NAN)),
+        ("height", 10**9, "height and width: 1000000000 x 32 are more than"),
+        *(("file_name", value, "file_name: must be the name of an image file") for value in (None, 5, "", ["a.jpg"])),
+    ],
+)  # fmt: skip
+def test_fields_of_an_image_of_the_refer_family_are_checked(tmp_path, field, value, words):
+    file = refer(tmp_path) / "instances.json"
+    content = json.loads(file.read_text())
+    content["images"][0][field] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"ref 0 is broken: its image in instances.json, 0, {words}"):
+        build_eval("refcoco", "val", tmp_path)
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "refcoco"]) == 2
+    del content["images"][0][field]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"ref 0 is broken: its image in instances.json, 0: lacks the field '{field}'"):
+        build_eval("refcoco", "val", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        *(("split", value, "it must be a dict with the name of a `split`") for value in (None, 5, ["val"])),
+        *(("image_id", value, "image_id: instances.json has no image ") for value in (None, 9, "0", [0], True, NAN)),
+        *(("ann_id", value, "ann_id: must be the id of an annotation or a list") for value in (None, True, {}, [None], 1.5)),
+        *(("ref_id", value, "ref_id: must be a whole number or text") for value in (None, [1], False)),
+        *(("sentences", value, "sentences: must be a list") for value in (None, "cup", 5, {})),
+        *(("sentences", [value], r"sentences\[0\]: must be a dict") for value in (None, "cup", 5, [])),
+    ],
+)  # fmt: skip
+def test_fields_of_a_ref_are_checked(tmp_path, field, value, words):
+    file = refer(tmp_path) / "refs(unc_exclude_unified).p"
+    refs = pickle.loads(file.read_bytes())
+    refs[0][field] = value
+    file.write_bytes(pickle.dumps(refs))
+    with pytest.raises(ValueError, match=f"ref 0 is broken: {words}"):
+        build_eval("refcoco", "val", tmp_path)
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "refcoco"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        *(({name: value}, f"{name}: must be true or false, found ")
+          for name in ("is_false_premise", "exist") for value in ("false", "", None, 2, 0.0, [], "0")),
+        *(({"sent": value}, "sent must be text, found ") for value in (None, 5, ["cup"], True)),
+        *(({"sent": value}, "sent must not contain ")
+          for value in ("a </s> b", "the <image>", "[seg] cup", "<im_start>", "a ASSISTANT: b", "<unk>", "a\0b", "\ud800")),
+        *(({"exist": False, "gt_sent": value}, "gt_sent must ") for value in (5, ["cup"], "a </s> b", "[SEG]")),
+        *(({"sent_id": value}, "sent_id: must be a whole number or text") for value in (None, [1], True)),
+    ],
+)  # fmt: skip
+def test_fields_of_a_sentence_are_checked(tmp_path, fields, words):
+    """The text "false" would count as true, and a mark of the conversation would stop the training at a random step."""
+    refer(tmp_path, sentences=({"sent": "cup", "sent_id": 1}, {"sent": "bag", "sent_id": 2, **fields}))
+    with pytest.raises(ValueError, match=f"refs.*ref 0 is broken: .*{words}") as error:
+        build_eval("refcoco", "val", tmp_path)
+    assert "sentences[1]" in str(error.value)
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "refcoco"]) == 2
+
+
+@pytest.mark.parametrize(("fields", "exists"), [({"exist": 0}, False), ({"exist": 1}, True), ({"is_false_premise": 1}, False),
+                                                ({"is_false_premise": 0}, True), ({"exist": True}, True)])  # fmt: skip
+def test_truths_may_be_numbers(tmp_path, fields, exists):
+    refer(tmp_path, sentences=({"sent": "cup", "sent_id": 1, **fields},))
+    assert build_eval("refcoco", "val", tmp_path)[0].exists == [exists]
+
+
+def test_expressions_without_text_are_left_out_and_told(tmp_path, caplog):
+    refer(tmp_path, sentences=({"sent": " ", "sent_id": 7}, {"sent": "cup", "sent_id": 1}, {"sent": "", "sent_id": 8}))
+    assert build_eval("refcoco", "val", tmp_path)[0].questions == ["cup"]
+    assert "split val: left out, as they have no text: sent_id 7, sent_id 8" in caplog.text
+
+
+def test_false_premises_that_cannot_be_corrected_are_left_out_of_training(tmp_path, caplog):
+    """They used to stop the training at a random step."""
+    false = [{"sent": f"no {n}", "sent_id": n, "is_false_premise": True, "gt_sent": said}
+             for n, said in enumerate(["", None, " "])]  # fmt: skip
+    refer(tmp_path, sentences=[{"sent": "cup", "sent_id": 9}, *false])
+    root = tmp_path / "refer_seg"
+    (root / "refcoco").rename(root / "fprefcoco")
+    file = (root / "fprefcoco/refs(unc_exclude_unified).p").rename(root / "fprefcoco/refs(berkeley_exclude_unified).p")
+    refs = pickle.loads(file.read_bytes())
+    assert len(build_eval("fprefcoco", "val", tmp_path)[0].questions) == 4
+    file.write_bytes(pickle.dumps([{**ref, "split": "train"} for ref in refs]))
+    mixture = build_train(["correct_refer_seg"], [1], tmp_path, correct_refer_seg_data="fprefcoco", num_classes_per_sample=4)
+    assert {text for i in range(20) for text in mixture.sample(0, i).questions} == {"cup", "bag"}
+    assert "3 false premises have no gt_sent and are left out" in caplog.text
+    file.write_bytes(pickle.dumps([{**refs[0], "split": "train", "sentences": false}]))
+    with pytest.raises(ValueError, match="false premises alone, and none has a gt_sent"):
+        build_train(["correct_refer_seg"], [1], tmp_path, correct_refer_seg_data="fprefcoco")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_instances_in_unicode_and_names_of_windows_are_read(tmp_path, encoding):
+    file = refer(tmp_path) / "instances.json"
+    content = json.loads(file.read_text())
+    images = tmp_path / "refer_seg/images/mscoco/images/train2014"
+    (images / "größe").mkdir()
+    (images / "a.jpg").rename(images / "größe/a.jpg")
+    content["images"][0]["file_name"] = "größe\\a.jpg"
+    file.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    assert build_eval("refcoco", "val", tmp_path)[0].image_path.endswith("größe/a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("instances.json", b"", "is empty"),
+        ("instances.json", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        ("instances.json", b"[" * 99999, "nested too deeply"),
+        ("instances.json", '{"images": "größe"}'.encode("cp1252"), "line 1: is no UTF-8 text"),
+        ("instances.json", b'{"images": {}, "annotations": []}', "has no list in the field 'images'"),
+        ("instances.json", b'{"images": [5], "annotations": []}', r"images\[0\] must be an object"),
+        ("refs(unc_exclude_unified).p", b"", "is empty"),
+        ("refs(unc_exclude_unified).p", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        ("refs(unc_exclude_unified).p", b"<html>", "is a web page"),
+        ("refs(unc_exclude_unified).p", b"S'caf\\xe9'\n.", "cannot be read: .*utf-8"),
+        ("refs(unc_exclude_unified).p", pickle.dumps([1, 2, 3])[:-4], "cannot be read"),
+    ],
+)
+def test_files_of_the_refer_family_that_are_no_content_are_named(tmp_path, name, content, words):
+    (refer(tmp_path) / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"(?s){name.split('(')[0]}.*{words}"):
+        build_eval("refcoco", "val", tmp_path)
+    assert check(["--dataset_dir", str(tmp_path), "--dataset", "refcoco"]) == 2
 
 
 # ------------------------------------------------------------------------------------------------ own data, parts

@@ -91,6 +91,34 @@ def test_evaluation_is_fixed_and_complete(mini):
     assert asked[0].conversations == again[0].conversations != build_eval("refcoco", "val", mini)[0].conversations
 
 
+def test_an_expression_is_asked_with_its_blanks_and_answered_without(mini, tmp_path):
+    """As the original does, in training and in evaluation; only its letters become small."""
+    from shutil import copytree
+
+    copy = copytree(mini, tmp_path / "mini")
+    for file in (copy / "refer_seg/refcoco").glob("refs*.p"):
+        refs = pickle.loads(file.read_bytes())
+        for ref in refs:
+            for sentence in ref["sentences"]:
+                sentence["sent"] = "  The Red  Bag "
+        file.write_bytes(pickle.dumps(refs))
+    asked, answers = "  the red  bag ", "the red  bag"
+    questions = {text.format(class_name=asked) for text in templates.SHORT_QUESTION}
+    replies = {text.format(class_name=answers) for text in templates.SHORT_ANSWER}
+    mixture = build_train(["refer_seg"], [1], copy, refer_seg_data="refcoco")
+    turns = [mixture.sample(0, i).conversations[0][0] for i in range(20)]
+    turns += [turn for (turn,) in build_eval("refcoco", "val", copy, templates="random")[0].conversations]
+    assert {question for question, _ in turns} <= questions and {reply for _, reply in turns} <= replies
+    fixed = build_eval("refcoco", "val", copy, protocol="generate")[0]
+    assert fixed.conversations[0] == [(templates.EVAL_SHORT_QUESTION.format(class_name=asked), None)]
+
+
+def test_texts_of_python_2_are_read(tmp_path):
+    """Its pickles hold bytes: as Latin-1, as before, UTF-8 became nonsense."""
+    (tmp_path / "refs.p").write_bytes(b"S'caf\\xc3\\xa9'\n.")
+    assert read_pickle(tmp_path / "refs.p") == "caf\u00e9"
+
+
 def test_mini_is_written_the_same_twice(mini, tmp_path):
     write_all(tmp_path, seed=5, train=6, val=4, test=2)
     files = sorted(p.relative_to(mini) for p in mini.rglob("*") if p.is_file())

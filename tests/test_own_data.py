@@ -1,6 +1,7 @@
 """Own data: tables, COCO files and LabelMe files as people have them, whole and broken, from disk to samples."""
 
 import base64
+import io
 import json
 
 import cv2
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dataset import build_eval, build_train, templates
+from dataset import build_eval, build_train, own, templates
 from dataset.check import main as check
 from dataset.mini.write import write_own
 from dataset.own import OwnDataError, OwnEvaluation, OwnTraining, open_split, read_mask
@@ -323,6 +324,121 @@ def test_faults_of_json_lines_are_named(tmp_path, line, words):
         OwnTraining(tmp_path)
 
 
+HEADER, ROW = "image,mask,question", "a.jpg,m.png,der blaue Becher für Öl"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        f"{HEADER}\n{ROW}\n".replace(",", "\t").encode("utf-16"),  # Excel: Unicode Text
+        f"{HEADER}\r\n{ROW}".encode("utf-16"),
+        f"{HEADER}\r\n{ROW}".encode("utf-8-sig"),
+        f"sep=;\r\n{HEADER}\r\n{ROW}\r\n".replace(",", ";").encode(),
+        f"\ufeffSEP=|\n{HEADER}\n{ROW}\n".replace(",", "|").encode(),
+        f'"sep=;"\n{HEADER}\n{ROW}\n'.replace(",", ";").encode(),
+        f"sep=\t\n{HEADER}\n{ROW}\n".replace(",", "\t").encode("utf-16"),
+        f"sep=,\r{HEADER}\r{ROW}\r".encode(),
+        f"{HEADER}\r{ROW}\r".encode(),
+    ],
+)
+def test_tables_are_read_as_excel_and_others_write_them(tmp_path, data):
+    (table(tmp_path) / "questions.csv").write_bytes(data)
+    (found,) = open_split(tmp_path, "train").pictures
+    assert (found.path.name, [(q.text, q.exists) for q in found.questions]) == ("a.jpg", [("der blaue Becher für Öl", True)])
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r\n", "\r", "\n\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_lines_are_read_with_every_line_end(tmp_path, separator, encoding):
+    lines = [json.dumps({"image": name, "mask": "", "question": "Öl\u2028!"}, ensure_ascii=False) for name in ("a.jpg", "b.jpg")]
+    (table(tmp_path) / "questions.csv").unlink()
+    (tmp_path / "questions.jsonl").write_bytes(separator.join(lines).encode(encoding))
+    assert [found.questions[0].text for found in open_split(tmp_path, "train").pictures] == ["Öl !"] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("蓝色的杯子", "gbk"), ("青いカップ", "cp932"), ("빨간 컵", "cp949"), ("синяя чашка", "cp1251"), ("míč", "cp1250"),
+     ("café", "cp1252")],
+)
+@pytest.mark.parametrize("name", ["questions.csv", "questions.jsonl"])
+def test_tables_in_another_encoding_are_refused_with_their_line(tmp_path, capsys, text, encoding, name):
+    """Read as cp1252, all of them would train as nonsense."""
+    (table(tmp_path) / "questions.csv").unlink()
+    good, line = (f"{HEADER}\n", f"a.jpg,m.png,{text}\n") if name.endswith("csv") else ("\n", f'{{"image": "{text}"}}')
+    (tmp_path / name).write_bytes((good + line).encode(encoding))
+    with pytest.raises(ValueError, match=rf"{name}, line 2: is no UTF-8 text .*save it as UTF-8"):
+        OwnTraining(tmp_path)
+    assert check(["--own_data", str(tmp_path)]) == 2
+    assert capsys.readouterr().out.count("broken ") == 1
+
+
+def test_utf_16_without_its_mark_is_named(tmp_path):
+    (table(tmp_path) / "questions.csv").write_bytes(f"{HEADER}\na.jpg,m.png,cup".encode("utf-16-le"))
+    with pytest.raises(OwnDataError, match="line 1: it is UTF-16 without its byte order mark"):
+        OwnTraining(tmp_path)
+
+
+def test_lines_are_counted_from_the_first_line_of_the_file(tmp_path):
+    table(tmp_path, HEADER, "a.jpg,m.png,cup", "a.jpg,c.png,bag", header="sep=,")
+    with pytest.raises(OwnDataError, match="line 4, mask: .*c.png does not exist"):
+        OwnTraining(tmp_path)
+    table(tmp_path, "image,mask", header="sep=,")
+    with pytest.raises(OwnDataError, match="line 2, question: is lacking"):
+        OwnTraining(tmp_path)
+
+
+MARKS = ["a <s>red</s> cup", "the </s> cup", "a ASSISTANT: b", "a <unk>", "<image>", "<IM_START>", "cup <im_end>", "a\0cup"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("column", ["question", "answer", "correction"])
+def test_marks_of_the_conversation_in_a_table_are_found_when_it_is_opened(tmp_path, capsys, column, mark):
+    """They used to stop the training at a random step."""
+    row = {"image": "a.jpg", "mask": "", "question": "cup", "answer": "", "correction": "", column: mark}
+    table(tmp_path, ",".join(row.values()), header=",".join(row))
+    with pytest.raises(OwnDataError, match=f"line 2, {column}: must not contain"):
+        OwnTraining(tmp_path)
+    assert check(["--own_data", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("question", 5), ("question", True), ("question", {"en": "cup"}), ("image", ["a.jpg"]), ("mask", False), ("mask", 0),
+     ("answer", 1.5), ("correction", []), ("split", 1), ("is_sentence", 0.0), ("exists", [True]), ("exists", "maybe"),
+     ("exists", 7), ("question", "\n \t"), ("question", "\ud800")],
+)  # fmt: skip
+def test_values_of_other_kinds_in_json_lines_are_named(tmp_path, name, value):
+    (table(tmp_path) / "questions.csv").unlink()
+    record = {"image": "a.jpg", "mask": "m.png", "question": "cup", name: value}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(record))
+    with pytest.raises(OwnDataError, match=f"questions.jsonl cannot be used:\n  line 1, {name}: "):
+        OwnTraining(tmp_path)
+
+
+def test_a_column_that_is_spelled_twice_is_named(tmp_path):
+    (table(tmp_path) / "questions.csv").unlink()
+    (tmp_path / "questions.jsonl").write_text('{"image": "a.jpg", "mask": "m.png", " Mask": "", "question": "cup"}')
+    with pytest.raises(OwnDataError, match="line 1, mask: is there twice"):
+        OwnTraining(tmp_path)
+
+
+def test_a_table_that_is_no_text_is_named(tmp_path):
+    for content, words in ((b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+                           (b"<!DOCTYPE html><html>", "is a web page")):  # fmt: skip
+        (table(tmp_path) / "questions.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=f"questions.csv {words}|questions.csv is .*{words}"):
+            OwnTraining(tmp_path)
+        assert check(["--own_data", str(tmp_path)]) == 2
+
+
+def test_folders_and_long_names_in_a_table_are_named(tmp_path):
+    (tmp_path / "d.jpg").mkdir()
+    table(tmp_path, "d.jpg,m.png,cup", f"{'x' * 300}.jpg,m.png,cup")
+    with pytest.raises(OwnDataError, match="(?s)line 2, image: .*d.jpg is a folder.*line 3, image: .*xxx.jpg does not exist"):
+        OwnTraining(tmp_path)
+
+
 def test_all_faults_are_gathered_and_the_first_told(tmp_path, capsys):
     table(tmp_path, *(f"a.jpg,m{i}.png,cup {i}" for i in range(25)), "a.jpg,m.png,cup")
     with pytest.raises(OwnDataError, match="(?s)line 2, .*line 21, .*and 5 more$") as error:
@@ -462,6 +578,135 @@ def test_shapes_that_do_not_fit_their_picture(tmp_path, capsys):
         OwnTraining(tmp_path).draw(np.random.default_rng(0))
 
 
+def good_coco():
+    """Two images, a.jpg with a cup and b.jpg with a bag."""
+    return {
+        "images": [{"id": i, "file_name": f"{'ab'[i]}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(2)],
+        "categories": [{"id": 10 + i, "name": name} for i, name in enumerate(("cup", "bag"))],
+        "annotations": [{"id": 100 + i, **note(i, image=i)} for i in range(2)],
+    }
+
+
+def write_coco(root, content):
+    for name in "ab":
+        picture(root / f"{name}.jpg")
+    (root / "x.json").write_text(json.dumps(content))
+    return root
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "words"),
+    [
+        *((part, "id", first, rf"{part}\[0\] and {part}\[1\] have the same id, {first}: give each its own")
+          for part, first in (("images", 0), ("categories", 10), ("annotations", 100))),
+        *((part, "id", value, rf"{part}\[1\], id: must be a whole number or text, found ")
+          for part in ("images", "categories", "annotations") for value in (None, True, [1], {}, 1.5, NAN)),
+        *(("images", side, value, f"image 1, {side}: must be a whole number from 1 to 1000000000, found ")
+          for side in ("height", "width") for value in ("24", 24.5, None, [24], True, 0, -24, NAN, float("inf"), 10**400)),
+        *(("images", "file_name", value, "image 1, file_name: must be the name of an image file, found ")
+          for value in (None, 5, "", " ", ["b.jpg"])),
+        ("images", "file_name", "x" * 300, "image 1, file_name: x* is neither beside the file"),
+        ("images", "file_name", "\0", "image 1, file_name: \0 is neither beside the file"),
+        *(("categories", "name", value, r"categories\[1\], name: must be text, found ") for value in (None, 7, ["bag"], True)),
+        *(("categories", "name", value, r"categories\[1\], name: is empty") for value in ("", "  ", "_", "__ _")),
+        *(("categories", "name", value, r"categories\[1\], name: must not contain ") for value in [*MARKS, "[SEG]", "the_[seg]"]),
+        *(("annotations", "segmentation", value, "annotation 101, segmentation: must be a list of polygons or an RLE, found ")
+          for value in ("abc", 5, True)),
+        *(("annotations", "segmentation", value, "annotation 101, segmentation: is empty") for value in ([], {}, None)),
+        *(("annotations", "image_id", value, "annotation 101, image_id: there is no ") for value in ("1", None, True, [1], NAN)),
+        *(("annotations", "category_id", value, "annotation 101, category_id: there is no ") for value in ("11", {}, 10**400)),
+    ],
+)  # fmt: skip
+def test_fields_of_a_coco_file_that_cannot_be_meant_are_named(tmp_path, capsys, part, field, value, words):
+    content = good_coco()
+    content[part][1][field] = value
+    write_coco(tmp_path, content)
+    with pytest.raises(OwnDataError, match=f"x.json cannot be used:\n  {words}"):
+        OwnTraining(tmp_path)
+    assert check(["--own_data", str(tmp_path)]) == 2
+    assert f"broken   {tmp_path}: {tmp_path / 'x.json'}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["images", "categories", "annotations"])
+@pytest.mark.parametrize("record", [None, 5, "abc", []])
+def test_records_of_a_coco_file_that_are_no_objects_are_named(tmp_path, part, record):
+    content = good_coco()
+    content[part][1] = record
+    with pytest.raises(OwnDataError, match=rf"{part}\[1\] must be an object {{...}}, found "):
+        OwnTraining(write_coco(tmp_path, content))
+
+
+def test_a_size_beyond_every_image_is_named(tmp_path):
+    content = good_coco()
+    content["images"][1] |= {"height": 10**9, "width": 10**9}
+    with pytest.raises(OwnDataError, match="image 1, height and width: 1000000000 x 1000000000 are more than"):
+        OwnTraining(write_coco(tmp_path, content))
+
+
+def test_nothing_is_drawn_for_a_size_that_the_image_does_not_have(tmp_path, monkeypatch):
+    content = good_coco()
+    content["images"][0] |= {"height": 30000, "width": 30000}
+    data = OwnEvaluation(write_coco(tmp_path, content), "train", "forced")
+    monkeypatch.setattr(own, "draw_segmentation", None)
+    with pytest.raises(ValueError, match="image 0, category 'cup': the mask is 30000 high and 30000 wide, but .*a.jpg is 24"):
+        data[0]
+
+
+def test_ids_may_be_text_and_numbers_may_be_floats(tmp_path):
+    content = good_coco()
+    content["images"][0] |= {"id": "first", "height": 24.0, "width": 32.0, "file_name": ".\\a.jpg"}
+    content["annotations"][0] |= {"image_id": "first", "category_id": 10.0, "iscrowd": None}
+    data = OwnEvaluation(write_coco(tmp_path, content), "train", "forced")
+    assert [data[i].questions for i in range(2)] == [["cup"], ["bag"]] and data[0].masks.any()
+
+
+def test_backslashes_in_coco_names_are_read_as_slashes(tmp_path):
+    content = good_coco()
+    content["images"][0]["file_name"] = "shots\\day 1\\a.jpg"
+    picture(tmp_path / "images/shots/day 1/a.jpg")
+    write_coco(tmp_path, content)
+    assert OwnEvaluation(tmp_path, "train", "forced")[0].image_path.endswith("images/shots/day 1/a.jpg")
+
+
+def test_an_image_that_is_listed_twice_is_one_image(tmp_path):
+    """Joined files list it once a class: what one entry shows must not be denied for the other."""
+    content = good_coco()
+    content["images"][1]["file_name"] = "./a.jpg"
+    data = OwnEvaluation(write_coco(tmp_path, content), "train", "generate")
+    assert len(data) == 1 and data[0].questions == ["cup", "bag"] and data[0].exists == [True, True]
+    content["images"][1]["height"] = 25
+    with pytest.raises(OwnDataError, match=r"image 1, height and width: \(25, 32\), but image 0 is the same file"):
+        OwnTraining(write_coco(tmp_path, content))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_coco_and_labelme_files_in_unicode_are_read(tmp_path, encoding):
+    content = good_coco()
+    content["categories"][0]["name"] = "蓝色的杯子"
+    write_coco(tmp_path / "coco", content)
+    (tmp_path / "coco/x.json").write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    file = labelme(tmp_path / "me/a.json", ("蓝色的杯子", CORNERS)) / "a.json"
+    file.write_bytes(json.dumps(json.loads(file.read_text()), ensure_ascii=False).encode(encoding))
+    for form in ("coco", "me"):
+        assert open_split(tmp_path / form, "train").pictures[0].questions[0].text == "蓝色的杯子"
+
+
+@pytest.mark.parametrize(("label", "encoding"), [("蓝色的杯子", "gbk"), ("青いカップ", "cp932"), ("míč", "cp1250")])
+def test_coco_and_labelme_files_in_another_encoding_are_refused(tmp_path, label, encoding):
+    content = good_coco()
+    content["categories"][0]["name"] = label
+    write_coco(tmp_path / "coco", content)
+    (tmp_path / "coco/x.json").write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    file = labelme(tmp_path / "me/a.json", (label, CORNERS)) / "a.json"
+    file.write_bytes(json.dumps(json.loads(file.read_text()), ensure_ascii=False).encode(encoding))
+    for form in ("coco/x", "me/a"):
+        with pytest.raises(ValueError, match=f"{form}.json, line 1: is no UTF-8 text .*save it as UTF-8"):
+            OwnTraining(tmp_path / form.split("/")[0])
+
+
 # ------------------------------------------------------------------------------------------------ LabelMe, ReasonSeg
 
 
@@ -537,6 +782,143 @@ def test_faults_of_labelme_files_are_named(tmp_path, content, words):
     assert check(["--own_data", str(tmp_path)]) == 2
 
 
+def png(mask):
+    """A mask as LabelMe's AI tools store it."""
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+RING = np.ones((6, 8), np.uint8)
+RING[2:4, 3:6] = 0
+
+
+def write_shapes(root, *shapes, **fields):
+    picture(root / "a.jpg")
+    (root / "a.json").write_text(json.dumps({"shapes": shapes, "imagePath": "a.jpg", **fields}))
+    return root
+
+
+@pytest.mark.parametrize("left", [-3, 0, 10, 28, 40])
+@pytest.mark.parametrize("top", [-2, 7, 21])
+def test_masks_of_labelme_lie_where_their_corners_say(tmp_path, left, top):
+    """From the first point to the second, both inclusive, with holes, and cut off where the image ends."""
+    corners = [[left, top], [left + 7, top + 5]]
+    write_shapes(tmp_path, {"label": "cup", "points": corners, "shape_type": "mask", "mask": png(RING * 255)},
+                 {"label": "bag", "points": CORNERS, "shape_type": "polygon"})  # fmt: skip
+    data = OwnEvaluation(tmp_path, "train", "forced")[0]
+    large = np.zeros((HEIGHT + 40, WIDTH + 40), np.uint8)
+    large[top + 10 : top + 16, left + 10 : left + 18] = RING
+    expected = large[10 : 10 + HEIGHT, 10 : 10 + WIDTH]
+    assert data.questions == (["cup", "bag"] if expected.any() else ["bag"])
+    assert np.array_equal(data.masks[0], expected) or not expected.any()
+
+
+def test_masks_of_labelme_share_the_rules_of_polygons(tmp_path):
+    """The shapes of a label are one mask, what is ignored is 255, and what is smaller wins."""
+    whole = np.ones((10, 10), bool)
+    write_shapes(
+        tmp_path,
+        {"label": "cup", "points": [[2, 2], [11, 11]], "shape_type": "mask", "mask": png(whole)},
+        {"label": "cup", "points": [[20, 3], [25, 3], [25, 8], [20, 8]]},
+        {"label": "ignore", "points": [[5, 5], [7, 7]], "shape_type": "mask", "mask": png(whole[:3, :3])},
+        {"label": "Ignore", "points": [[0, 0], [30, 0], [30, 20], [0, 20]]},
+    )
+    mask = OwnEvaluation(tmp_path, "train", "forced")[0].masks[0]
+    assert mask[3, 3] == mask[5, 22] == 1 and mask[6, 6] == mask[18, 1] == 255 and mask[22, 1] == 0
+    assert (mask == 1).sum() == 100 - 9 + 36
+
+
+@pytest.mark.parametrize("kind", ["rotation", "oriented_rectangle", "quadrilateral", "rectangle"])
+def test_shapes_of_four_corners_are_their_polygons(tmp_path, kind):
+    turned = [[10, 2], [18, 8], [12, 16], [4, 10]]
+    masks = [
+        OwnEvaluation(write_shapes(tmp_path, {"label": "cup", "points": turned, "shape_type": name}), "train", "forced")[0].masks
+        for name in ("polygon", kind)
+    ]
+    assert np.array_equal(*masks) and masks[0].sum() > 80
+
+
+P4 = CORNERS
+BIG = png(np.zeros((9, 9), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        *(({"points": P4[:count], "shape_type": kind}, f"a {kind} of {count} points has no area: use polygons")
+          for kind, count in (("point", 1), ("points", 4), ("line", 2), ("linestrip", 4), ("polygon", 2), ("polygon", 1),
+                              ("rectangle", 1), ("rectangle", 3), ("circle", 3), ("rotation", 2), ("quadrilateral", 3),
+                              ("mask", 4), ("cuboid", 4))),
+        *(({"points": P4, "shape_type": kind}, "shape_type must be text, found ") for kind in (3, False, [], {}, 0)),
+        *(({"points": P4, "label": label}, "label must be text, found ") for label in (None, 5, ["cup"], True)),
+        *(({"points": P4, "label": label}, "label '': is empty") for label in ("", " ")),
+        ({"points": P4, "label": "_"}, "label '_': is empty"),
+        *(({"points": P4, "label": label}, "label .*: must not contain ") for label in [*MARKS, "[seg]"]),
+        ({"label": "cup"}, "lacks the field 'points'"),
+        *(({"points": points}, "points: ")
+          for points in (None, 5, [1, 2, 3], [[1, 2, 3]], [["a", 2]] * 3, [[NAN, 1]] * 3, [[1e300, 0]] * 3)),
+        ({"points": [[10**400, 0]] * 3}, ".*int too large"),
+        *(({"points": P4[::2], "shape_type": "mask", "mask": mask}, "mask: must be a PNG in base64, found ")
+          for mask in (None, 5, "", "####", "QUJD", [1], BIG[:30])),
+        ({"points": P4[::2], "shape_type": "mask"}, "lacks the field 'mask'"),
+        ({"points": P4[::2], "shape_type": "mask", "mask": BIG}, "mask: has 9 x 9 pixels, but .* corners of 7 x 7"),
+        ({"points": P4[2::-2], "shape_type": "mask", "mask": BIG}, "mask: has 9 x 9 pixels, but .* corners of -5 x"),
+    ],
+)  # fmt: skip
+def test_shapes_of_labelme_that_cannot_be_meant_are_named(tmp_path, capsys, shape, words):
+    write_shapes(tmp_path, {"label": "cup", **shape})
+    with pytest.raises(OwnDataError, match=rf"a.json, shapes\[0\]:? {words}"):
+        OwnTraining(tmp_path)
+    assert check(["--own_data", str(tmp_path)]) == 2
+    assert str(tmp_path / "a.json") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [None, 5, "cup", [1, 2]])
+def test_shapes_that_are_no_objects_are_named(tmp_path, shape):
+    with pytest.raises(OwnDataError, match=r"a.json, shapes\[0\]: must be an object {...}, found "):
+        OwnTraining(write_shapes(tmp_path, shape))
+
+
+def test_a_mask_that_is_damaged_behind_its_head_is_named_when_it_is_drawn(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 2, (20, 20)).astype(np.uint8) * 255
+    cut = base64.b64encode(base64.b64decode(png(noise))[:60]).decode()
+    write_shapes(tmp_path, {"label": "cup", "points": [[0, 0], [19, 19]], "shape_type": "mask", "mask": cut})
+    with pytest.raises(ValueError, match="a.json, label 'cup': its mask cannot be read"):
+        OwnTraining(tmp_path).draw(np.random.default_rng(0))
+    assert check(["--own_data", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        *(({name: value, other: 24}, f"a.json, {name}: must be a whole number from 1 to 1000000000, found ")
+          for name, other in (("imageHeight", "imageWidth"), ("imageWidth", "imageHeight"))
+          for value in ("24", 24.5, -24, 0, True, [24], NAN, 10**400)),
+        ({"imageHeight": 10**9, "imageWidth": 10**9}, "a.json, imageHeight and imageWidth: .* are more than"),
+        *(({"imagePath": value}, "a.json, imagePath: must be the name of an image file, found ")
+          for value in (5, ["a.jpg"], {}, False)),
+        *(({"text": value}, "a.json.*") for value in (5, [], [""], {"a": 1}, "cup")),
+    ],
+)  # fmt: skip
+def test_fields_of_labelme_that_cannot_be_meant_are_named(tmp_path, fields, words):
+    write_shapes(tmp_path, {"label": "cup", "points": CORNERS}, **fields)
+    with pytest.raises(OwnDataError, match=f"cannot be used:\n  .*{words}"):
+        OwnTraining(tmp_path)
+    assert check(["--own_data", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"imageHeight": 24.0, "imageWidth": 32.0}, {"imageHeight": None, "imageWidth": None}, {"imageHeight": 24},
+     {"imagePath": None}, {"imagePath": ""}, {"text": ""}, {"text": None}],
+)  # fmt: skip
+def test_what_labelme_leaves_open_is_not_missed(tmp_path, fields):
+    """AnyLabeling writes an empty `text` into every file, which makes none a ReasonSeg file."""
+    data = OwnEvaluation(write_shapes(tmp_path, {"label": "cup", "points": CORNERS}, **fields), "train", "forced")
+    assert data[0].questions == ["cup"] and data[0].masks.sum() == 49
+
+
 def test_labelme_without_pictures_or_labels_or_of_another_size(tmp_path):
     labelme(tmp_path / "a.json", ("cup", CORNERS), imagePath="c.jpg", imageHeight=99, imageWidth=WIDTH)
     with pytest.raises(ValueError, match="label 'cup': the mask is 99 high"):
@@ -593,6 +975,73 @@ def test_captions_beside_coco_instances_are_passed_over(tmp_path):
     coco(tmp_path / "instances_train.json", [note(0)])
     (tmp_path / "captions_train.json").write_text('{"images": [], "annotations": [{"caption": "a cup"}]}')
     assert len(OwnTraining(tmp_path)) == 1
+
+
+APPLE = bytes.fromhex("00051607000200004d6163204f5320582020202020202020") + bytes(60)
+
+
+@pytest.mark.parametrize("form", ["table", "labelme", "coco", "instances"])
+@pytest.mark.parametrize("split", ["", "train"])
+def test_hidden_files_folders_and_files_of_other_programs_are_passed_over(tmp_path, caplog, form, split):
+    folder = tmp_path / split
+    if form == "table":
+        table(folder, "a.jpg,m.png,cup")
+    elif form == "labelme":
+        labelme(folder / "b.json", ("cup", CORNERS))
+    else:
+        coco(folder / {"coco": "coco.json", "instances": "instances_train.json"}[form], [note(0)])
+        picture(folder / "a.jpg")
+    for name in (".hidden.json", "._a.json", "._b.json", "._instances_train.json", "._questions.csv", "._a.jpg"):
+        (folder / name).write_bytes(APPLE)
+    for name in ("a.json", "instances_val.json", "b.json.json", "questions.jsonl", "z.jpg"):
+        (folder / name).mkdir()
+    for name, content in (("0.json", "{}"), ("settings.json", '{"theme": "dark"}'), ("zz.json", "[1, 2]")):
+        (folder / name).write_text(content)
+    assert len(OwnTraining(tmp_path)) == 1 and check(["--own_data", str(tmp_path)]) == 0
+    if form != "instances":  # COCO's own folder, where only these files are looked at
+        assert "neither COCO nor LabelMe files: 0.json, settings.json, zz.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"settings.json": "{}"}, "settings.json has the fields : it is no COCO file, which has the lists .* no LabelMe file"),
+        ({"a.json": '{"images": [], "annotations": []}'}, "a.json has the fields images, annotations: it is no COCO file"),
+        ({"a.json": ""}, "a.json is empty"),
+        ({"a.json": "{", "b.json": "{}"}, "a.json is no JSON"),
+        ({"a.json": "[" * 99999}, "a.json is no usable JSON: .* nested too deeply"),
+        ({"a.json": '{"a": ' + "9" * 9999 + "}"}, "a.json is no JSON"),
+        ({"a.json": "version https://git-lfs.github.com/spec/v1\n"}, "a.json is a pointer of Git LFS"),
+        ({"a.json": "COCO", "b.json": "COCO"}, "holds 2 files .a.json, b.json.: give the path of one"),
+        ({"a.json": "COCO", "b.json": "LABELME"}, "holds a.json and b.json: give the path of the file that is meant"),
+        ({"a.json": "LABELME", "b.json": "COCO"}, "b.json is a COCO file among LabelMe files"),
+        ({"a.json": "LABELME", "b.json": "{"}, "b.json is no JSON"),
+        ({"a.json": "{", "b.json": "LABELME"}, "a.json is no JSON"),
+        ({"a.json": "COCO", "b.json": "{"}, "b.json is no JSON"),
+        ({"questions.csv": HEADER, "b.json": "{"}, "holds questions.csv and b.json"),
+        ({"questions.csv": HEADER, "b.json": "LABELME"}, "holds questions.csv and b.json"),
+        ({"questions.csv": HEADER, "questions.jsonl": "{}"}, "holds questions.csv and questions.jsonl"),
+    ],
+)
+def test_a_folder_whose_data_cannot_be_told_is_named(tmp_path, capsys, files, words):
+    contents = {"COCO": json.dumps(good_coco()), "LABELME": json.dumps({"shapes": [{"label": "c", "points": CORNERS}]})}
+    for name in "ab":
+        picture(tmp_path / f"images/{name}.jpg")
+    for name, content in files.items():
+        (tmp_path / name).write_text(contents.get(content, content))
+    with pytest.raises(ValueError, match=words):
+        OwnTraining(tmp_path)
+    assert check(["--own_data", str(tmp_path)]) == 2
+    assert "broken " in capsys.readouterr().out
+
+
+def test_a_split_that_is_no_json_does_not_hide_the_others(tmp_path):
+    coco(tmp_path / "mine_train.json", [note(0)])
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "mine_val.json").write_text('{"images": [')
+    assert len(OwnTraining(tmp_path)) == 1
+    with pytest.raises(ValueError, match="mine_val.json is no JSON"):
+        OwnEvaluation(tmp_path, "val", "forced")
 
 
 def test_what_is_no_own_data_or_several(tmp_path):
