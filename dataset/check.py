@@ -3,8 +3,9 @@
     python -m dataset.check --own_data PATH         own data (dataset/own.py) instead, pictures and all
 
 Counts pictures and questions of every set and split, and looks at every annotation; with --pictures it decodes every picture
-too. Ends with 0 if all that was asked for is whole, with 1 if something is missing, with 2 if something is broken. What is only
-odd (a file without shapes has an empty target, as two of ReasonSeg's test files have) is noted, and is no fault.
+too. Ends with 0 if all that was asked for is whole, with 1 if something is missing, with 2 if something is broken, or a flag
+is wrong. What is only odd (a file without shapes has an empty target, as two of ReasonSeg's test files have) or of another kind
+(dialogues without a picture, which training leaves out) is noted, and is no fault.
 """
 
 from __future__ import annotations
