@@ -4,6 +4,8 @@
     python app.py --version MODEL --port 8000         another model, another port
     python app.py --host 0.0.0.0                      for everybody who can reach this machine: there is no password
 
+It answers under the machine's own names and addresses alone; --allowed_hosts adds that of a proxy in front of it.
+
 A picture stays in the server's memory while it is asked about, and is dropped a minute after the tab was closed, after
 --idle_minutes without a question, or when --sessions others were opened since. No picture is written to disk, and the page
 fetches nothing from elsewhere. It is in `utils/page/`; Gradio, which it stands on, comes with requirements-app.txt.
@@ -13,16 +15,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
+import re
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_model_flags, load_model, one_line
+from utils.cli import DEFAULT_MODEL, IMAGE_LIMIT, add_model_flags, load_model, plain_errors, positive
 
 if TYPE_CHECKING:
     from utils.page.desk import Limits
@@ -47,16 +52,23 @@ EXAMPLES = (
 )  # fmt: skip
 """Seeds of mini-world scenes, and what may be asked about each; what the last question asks for is not there."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = ("0.0.0.0", "::")
+HEAD_S = 15.0
+"""How long the head of a request may take to arrive."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on, 0 for any that is free (default: 7860)")
+    parser.add_argument("--port", type=port, default=7860, help="port to listen on, 0 for any that is free (default: 7860)")
+    parser.add_argument(
+        "--allowed_hosts", nargs="+", default=[], metavar="NAME",
+        help="further names under which the page is asked for, for example of a proxy in front of it (others get an error)",
+    )  # fmt: skip
     group = parser.add_argument_group("limits")
     group.add_argument("--max_upload_mib", type=positive, default=10, help="largest file that is taken (default: 10)")
-    group.add_argument("--max_megapixels", type=positive, default=16, help="largest picture that is taken (default: 16)")
+    group.add_argument("--max_megapixels", type=positive, default=16, help="largest image that is taken (default: 16)")
     group.add_argument("--max_question", type=positive, default=500, help="longest question, characters (default: 500)")
     group.add_argument("--max_new_tokens", type=positive, default=256, help="longest answer (default: 256)")
     group.add_argument("--sessions", type=positive, default=8, help="pictures that are kept at a time (default: 8)")
@@ -65,38 +77,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
+def port(text: str) -> int:
+    """A port, for argparse."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, found {text}")
     return number
 
 
 def main(argv: list[str] | None = None) -> int:
     """Loads the model and serves the page until Ctrl-C."""
     options = build_parser().parse_args(argv)  # `--help` ends here, before anything heavy is imported
-    with tempfile.TemporaryDirectory(prefix="read-app-") as folder:
-        # Read when Gradio and OpenCV are imported: nothing is reported, and no decoder allocates more than a picture may have.
+    with plain_errors("app.py"), tempfile.TemporaryDirectory(prefix="read-app-") as folder:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way the temporary folder goes
+        # Read when Gradio and OpenCV are imported: nothing is reported, and no decoder allocates more than an image may have.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(options.max_megapixels * 1_000_000)
+        os.environ[IMAGE_LIMIT] = str(options.max_megapixels)
         try:
             listener = listen(options.host, options.port)
         except OSError as error:
-            raise SystemExit(f"app.py: cannot listen on {options.host} port {options.port}: {one_line(error)}") from error
+            raise ValueError(f"cannot listen on {options.host} port {options.port}: {error.strerror or error}") from error
         with listener:
             try:
                 app = build(options)
             except ImportError as error:
                 if error.name not in ("gradio", "fastapi", "uvicorn"):
                     raise
-                raise SystemExit(
-                    f"app.py: the page needs {error.name}, which a plain installation leaves out: "
+                raise ValueError(
+                    f"the page needs {error.name}, which a plain installation leaves out: "
                     "`make app`, or `pip install -r requirements-app.txt`"
                 ) from error
-            except (OSError, ValueError) as error:  # CheckpointError is a ValueError
-                raise SystemExit(f"app.py: {one_line(error)}") from error
             serve(app, listener, options.host)
     return 0
 
@@ -122,13 +134,17 @@ def build(options: argparse.Namespace) -> Any:
 
     from model import READPredictor
     from utils.page.desk import Desk
-    from utils.page.gate import Gate, new_tickets
+    from utils.page.gate import Gate, Tickets
     from utils.page.layout import build as build_page
-    from utils.page.layout import style, theme
+    from utils.page.layout import style, takes, theme
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor = READPredictor(*load_model(options, device), options.conv_type)
-    limits, examples, tickets = limits_of(options), make_examples(), new_tickets()
+    room = predictor.model.config.llava.text_config.max_position_embeddings - predictor.processor.num_patches
+    if options.max_new_tokens > room:
+        raise ValueError(f"--max_new_tokens {options.max_new_tokens}: behind an image the model holds at most {room}")
+    limits, examples = limits_of(options), make_examples()
+    tickets = Tickets(limits)
     desk = Desk(predictor, limits)
     page = build_page(desk, tickets, examples, os.path.basename(os.path.normpath(options.version or DEFAULT_MODEL)))
     app = gradio.mount_gradio_app(
@@ -136,7 +152,26 @@ def build(options: argparse.Namespace) -> Any:
         max_file_size=1, run_history=False, ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
     )  # fmt: skip
     threading.Thread(target=sweep, args=(desk.sessions, tickets), daemon=True).start()
-    return Gate(app, limits, tickets)
+    return Gate(
+        app, limits, tickets,
+        hosts=host_names(options.host, options.allowed_hosts), any_address=options.host in EVERYWHERE,
+        takes=functools.partial(takes, page), knows=lambda session: session in page._queue.pending_messages_per_session,
+    )  # fmt: skip
+
+
+def host_names(host: str, more: Sequence[str] = ()) -> list[str]:
+    """Names and addresses under which the page may be asked for: where it listens, and what the user adds.
+
+    Raises:
+        ValueError: an added one is no name.
+    """
+    names = [*LOOPBACK, *more]
+    if host not in LOOPBACK:
+        names += [host, socket.gethostname(), socket.getfqdn(), f"{socket.gethostname()}.local"]
+    for name in more:
+        if not re.fullmatch(r"[^\s/@:*]+|[0-9a-fA-F:.]+", name):
+            raise ValueError(f"--allowed_hosts {name}: must be a name or an address, without port, scheme or *")
+    return [f"[{name}]" if ":" in name else name for name in names]
 
 
 def limits_of(options: argparse.Namespace) -> Limits:
@@ -177,15 +212,20 @@ def sweep(*shelves: Any, every_s: float = 15.0) -> None:
 def serve(app: Any, listener: socket.socket, host: str) -> None:
     """Serves until Ctrl-C, or until it is terminated."""
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from utils.page.gate import in_time
 
     port = listener.getsockname()[1]
     where = "localhost" if host in LOOPBACK else host
     print(f"READ is at http://{f'[{where}]' if ':' in where else where}:{port}/ (Ctrl-C ends it)", flush=True)
     if host not in LOOPBACK:
         print("Everybody who can reach this address can ask, and there is no password.", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way the temporary folder goes
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is closed
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run(sockets=[listener])
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=3, http=in_time(H11Protocol, HEAD_S), server_header=False
+        )
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -79,6 +79,9 @@ class Limits:
     sessions: int = 8
     """Pictures that are remembered. Of a 7B model each holds a third of a GiB: keys and values of the image tokens."""
     idle_s: float = 900.0
+    upload_s: float = 60.0
+    """How long an image may take to arrive, once its request has begun; another request's body has `body_s`."""
+    body_s: float = 15.0
 
 
 def open_picture(data: bytes, limits: Limits) -> np.ndarray:

@@ -18,12 +18,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from utils.files import read_text
+
 from . import markup
 from .desk import Desk, Refused, choose_points, open_picture
-from .session import Session, Shelf
+from .gate import Tickets
+from .session import Session
 
 HERE = Path(__file__).resolve().parent
 SUGGESTIONS = 3
+CHOSEN = "chosen"
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +42,7 @@ class Example:
     """What may be asked about it; the first three become buttons."""
 
 
-def build(desk: Desk, tickets: Shelf[tuple[bytes, str]], examples: Sequence[Example], model: str) -> Any:
+def build(desk: Desk, tickets: Tickets, examples: Sequence[Example], model: str) -> Any:
     """The page as Gradio's Blocks; `tickets` are the gate's pictures, `model` is the name that is shown.
 
     Raises:
@@ -59,13 +63,33 @@ def build(desk: Desk, tickets: Shelf[tuple[bytes, str]], examples: Sequence[Exam
     return page.queue(max_size=64, api_open=False)
 
 
+def takes(page: Any, index: int, values: Sequence[Any]) -> bool:
+    """Whether the page has a function of that index, and each of the values is one that its component can have.
+
+    Gradio asks the components too, but leaves a traceback behind if they say no.
+    """
+    function = page.fns.get(index)
+    if function is None or len(function.inputs) != len(values):
+        return False
+    for component, value in zip(function.inputs, values, strict=True):
+        if component.elem_id == CHOSEN:  # what can be chosen depends on the answer
+            if not isinstance(value, str):
+                return False
+            continue
+        try:
+            component.preprocess(value)
+        except Exception:  # each raises what it stumbles over
+            return False
+    return True
+
+
 def style(examples: Sequence[Example]) -> str:
     """The page's CSS, with the examples' thumbnails in it."""
     thumbs = [
         f".read-pick-{n}::before {{ background-image: url({markup.thumbnail(Image.fromarray(example.picture))}); }}"
         for n, example in enumerate(examples)
     ]
-    return "\n".join([(HERE / "style.css").read_text(), *thumbs])
+    return "\n".join([read_text(HERE / "style.css"), *thumbs])
 
 
 def theme() -> Any:
@@ -109,7 +133,7 @@ def _place(desk: Desk, examples: Sequence[Example], model: str) -> SimpleNamespa
                 layers = [(words, layer) for layer, words in markup.LAYERS.items()]
                 parts.layers = gr.CheckboxGroup(layers, value=["mask", "points"], label="Layers", elem_id="layers", **bare)
                 parts.chosen = gr.Radio(
-                    [markup.ALL], value=markup.ALL, label="Masks", elem_id="chosen", visible=False, **bare
+                    [markup.ALL], value=markup.ALL, label="Masks", elem_id=CHOSEN, visible=False, **bare
                 )
                 parts.files = gr.HTML("", **plain)
         with gr.Column(scale=2, min_width=300):
@@ -165,7 +189,7 @@ WITH_MODEL = {**QUIET, "concurrency_id": "model", "concurrency_limit": 1}
 
 
 def _connect_pictures(
-    parts: SimpleNamespace, desk: Desk, tickets: Shelf[tuple[bytes, str]], examples: Sequence[Example]
+    parts: SimpleNamespace, desk: Desk, tickets: Tickets, examples: Sequence[Example]
 ) -> None:
     """An upload or an example begins a conversation."""
     import gradio as gr
@@ -236,7 +260,8 @@ def _connect_questions(parts: SimpleNamespace, desk: Desk) -> None:
     gr.on([parts.question.submit, parts.ask.click], on_ask, [parts.question, *inputs], outputs, **WITH_MODEL)
     for number, button in enumerate(parts.hints):
         button.click(on_hint(number), inputs, outputs, **WITH_MODEL)
-    parts.stop.click(on_stop, None, None, queue=False, **QUIET)
+    # In the queue, beside the model: what goes past the queue goes by a route that the gate does not open.
+    parts.stop.click(on_stop, None, None, concurrency_limit=None, **QUIET)
 
 
 def _connect_display(parts: SimpleNamespace, desk: Desk) -> None:
@@ -337,4 +362,4 @@ def _layers(shown: Any) -> list[str]:
 
 
 def _script(name: str) -> str:
-    return (HERE / f"{name}.js").read_text()
+    return read_text(HERE / f"{name}.js")

@@ -1,4 +1,5 @@
 // The drop zone: sends a picture's bytes to the gate, and tells Python the ticket that it got for them.
+const visitor = [...crypto.getRandomValues(new Uint32Array(4))].join("-");  // whose last image waits, and no other
 const input = element.querySelector("input"), zone = element.querySelector("label"), said = element.querySelector("[role=alert]");
 
 async function send(file) {
@@ -10,11 +11,21 @@ async function send(file) {
   }
   zone.classList.add("busy");
   try {
-    const reply = await fetch(new URL("picture", document.baseURI), {
-      method: "POST", body: file,
-      headers: { "Content-Type": "application/octet-stream", "X-Picture-Name": encodeURIComponent(file.name || "pasted.png") },
-    });
-    const answer = await reply.json();
+    let reply, answer;
+    for (let tries = 1; ; tries++) {
+      reply = await fetch(new URL("picture", document.baseURI), {
+        method: "POST", body: file,
+        headers: {
+          "Content-Type": "application/octet-stream", "X-Visitor": visitor,
+          "X-Picture-Name": encodeURIComponent(file.name || "pasted.png"),
+        },
+      });
+      answer = await reply.json();
+      if (reply.status !== 503 || tries === 6) break;
+      said.textContent = answer.message;  // and it is tried again by itself
+      await new Promise((later) => setTimeout(later, 1000 * Number(reply.headers.get("Retry-After") || 5)));
+      said.textContent = "";
+    }
     if (reply.ok) trigger("upload", { ticket: answer.ticket });
     else said.textContent = answer.message;
   } catch {
