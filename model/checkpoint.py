@@ -196,7 +196,8 @@ def load(
     if kind := other_weights(shapes):
         raise CheckpointError(f"{folder} holds {kind}")
     config = read_config(folder, shapes, sam_shapes_of(shapes, sam_checkpoint, folder), vision_tower)
-    check_sizes(folder, config, shapes)
+    own = read_fields(folder / "config.json").get("model_type") == READConfig.model_type
+    check_sizes(folder, config, shapes, own)
     if preset is not None:
         chosen = get_preset(preset)
         config.sasp, config.loss, config.conv_type = chosen.sasp, chosen.loss, chosen.conv_type
@@ -222,7 +223,7 @@ def load(
     missing = _complete_vision_tower(state, missing, target, config, vision_tower, folder, dtype)
     missing = _complete_sam(state, missing, sam_checkpoint, dtype)
     missing = _complete_projection(model, state, missing, dtype)
-    _fit_vocabulary(state, config, dtype, folder)
+    _fit_vocabulary(state, config, dtype, folder, own)
     unexpected += sorted(set(state) - set(target.values()))  # of a SAM file
     _check(model, state, missing, unexpected, folder)
     model.load_state_dict(state, strict=True, assign=True)
@@ -348,8 +349,11 @@ def check_token_ids(file: Path, fields: dict[str, Any], tokenizer: ReadTokenizer
         )
 
 
-def check_sizes(folder: Path, config: READConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+def check_sizes(folder: Path, config: READConfig, shapes: dict[str, tuple[int, ...]], own: bool) -> None:
     """Refuses a config of another size than the weights, before a model of that size is built.
+
+    Args:
+        own: the folder is in our own layout, where the embedding has a row for every token.
 
     Raises:
         CheckpointError: with both numbers.
@@ -363,6 +367,9 @@ def check_sizes(folder: Path, config: READConfig, shapes: dict[str, tuple[int, .
         ("depth of SAM", config.sam.depth, _layers(shapes, f"{SAM}image_encoder.blocks.")),
     ]
     wrong = [f"{name} is {said}, in the weights {found}" for name, said, found in wanted if found and said != found]
+    rows = next(iter(shapes.get("model.embed_tokens.weight", ())), 0)
+    if own and rows < text.vocab_size:
+        wrong.append(f"vocab_size is {text.vocab_size}, in the weights {rows}")
     if wrong:
         raise CheckpointError(
             f"{folder}/config.json and the weights beside it are of different models, or shards are missing: {'; '.join(wrong)}"
@@ -370,8 +377,8 @@ def check_sizes(folder: Path, config: READConfig, shapes: dict[str, tuple[int, .
     layer, layers = config.llava.vision_feature_layer, vision.num_hidden_layers
     if type(layer) is not int or not -layers - 1 <= layer <= layers:
         raise CheckpointError(
-            f"{folder}/config.json: the layer of the vision tower whose states are used must be a whole number from {-layers - 1} "
-            f"to {layers}, found {shown(layer)}"
+            f"{folder}/config.json: the layer of the vision tower whose states are used must be a whole number from "
+            f"{-layers - 1} to {layers}, found {shown(layer)}"
         )
 
 
@@ -622,7 +629,7 @@ def _complete_projection(
     return sorted(set(missing) - set(state))
 
 
-def _fit_vocabulary(state: dict[str, torch.Tensor], config: READConfig, dtype: torch.dtype, folder: Path) -> None:
+def _fit_vocabulary(state: dict[str, torch.Tensor], config: READConfig, dtype: torch.dtype, folder: Path, own: bool) -> None:
     """Embedding and head get one row a token, as the original's `resize_token_embeddings(len(tokenizer))` does it.
 
     A base gets rows N(0, initializer_range) for the tokens that READ adds. Rows beyond the last token, which some tools add to
@@ -632,7 +639,6 @@ def _fit_vocabulary(state: dict[str, torch.Tensor], config: READConfig, dtype: t
     tokenizer = load_tokenizer(folder) if (folder / MODEL_FILE).is_file() else None
     if tokenizer is not None:
         add_read_tokens(tokenizer)
-    own = read_fields(folder / "config.json").get("model_type") == READConfig.model_type
     for key in ("llava.model.language_model.embed_tokens.weight", "llava.lm_head.weight"):
         rows = state.get(key)
         if rows is None or rows.dim() != 2 or rows.shape[1] != text.hidden_size:

@@ -157,6 +157,11 @@ class READConfig(PretrainedConfig):
             raise ValueError(f"vision_tower must be a folder or a hub id, found {shown(vision_tower)}")
         if not isinstance(llava, LlavaConfig):
             llava = LlavaConfig(**as_object({} if llava is None else llava, "llava"))
+        for part, kind in ((llava.text_config, "llama"), (llava.vision_config, "clip_vision_model")):
+            if part.model_type != kind:
+                raise ValueError(f"llava: its parts must be a llama and a clip_vision_model, found {shown(part.model_type)}")
+        if llava.text_config.max_position_embeddings < 1:
+            raise ValueError(f"max_position_embeddings must be at least 1, found {llava.text_config.max_position_embeddings}")
         self.llava = llava
         self.sam = _part(sam, SamConfig, "sam")
         self.sasp = _part(sasp, SaspConfig, "sasp")

@@ -215,8 +215,8 @@ def _reason(error: Exception) -> str:
     text = (str(error).splitlines() or [""])[0]
     if found := re.search(r"GLOBAL (\S+)", str(error)):
         return (
-            f"it asks for {found[1]}, which is code, and no code of a file is run here. Weights are tensors by name: have it "
-            "written with torch.save(model.state_dict(), ...) or as safetensors"
+            f"it asks for {found[1]}, which is code, and no code of a file is run here; weights are plain tensors, as "
+            "torch.save(model.state_dict(), ...) writes them"
         )
     if "TorchScript" in text:
         return "it is a TorchScript program, not weights: have its state_dict() saved"
@@ -247,12 +247,21 @@ def _opened(file: Path) -> Iterator[Any]:
         yield tensors
 
 
-def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of torch.save, by the names they have in it."""
+def load_pickle(file: Path) -> Any:
+    """What is in a file of torch.save, mapped if it can be; only tensors and plain values, no code is run.
+
+    Raises:
+        CheckpointError: it is damaged, or something else.
+    """
     zipped = _check_head(file).startswith(b"PK\x03\x04")  # torch < 1.6 wrote another format, which cannot be mapped
     with _parsing(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd files, which the error says better
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of torch.save, by the names they have in it."""
+    found = load_pickle(file)
     for _ in range(len(HOLDERS)):
         holders = [key for key in HOLDERS if isinstance(found, dict) and isinstance(found.get(key), dict)]
         if len(holders) > 1:

@@ -29,6 +29,8 @@ from model import (
 from utils import merge_lora as merge
 from utils.args import TrainArgs
 from utils.conversation import IMAGE_TOKEN_INDEX
+from utils.distributed import World
+from utils.engine import load_checkpoint
 from utils.runlog import RunLog, drop_records
 
 pytestmark = needs_ckpt
@@ -440,3 +442,123 @@ def test_curves_go_to_wandb_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert seen[1:3] == [(5, {"train/loss": 2.0}), "finished"]
     assert seen[0] == seen[3]
     assert seen[0]["name"] == "mine" and seen[0]["config"] == {"train": {"lr": 1}}
+
+
+# ------------------------------------------------------------------------------------------------ runs that were sent to us
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = str(file)
+
+    def __reduce__(self) -> tuple:
+        return open, (self.file, "w")
+
+
+def spoil(run: Path, to: Path, pattern: str, change) -> Path:
+    """A copy of a run in which `change` was done to one file of its last checkpoint; returns the file."""
+    shutil.copytree(run, to)
+    file = next((to / "ckpt_model/step4").glob(pattern))
+    change(file)
+    return file
+
+
+@pytest.mark.parametrize("pattern", ["*optim_states.pt", "*model_states.pt"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+def test_code_in_shards_is_refused_and_not_run(
+    data: Path, through: Path, tmp_path: Path, pattern: str, zipped: bool
+) -> None:
+    """Merging and resuming run no code of a run folder that was sent to somebody."""
+    trapped = tmp_path / "trapped"
+
+    def add(file: Path) -> None:
+        content = torch.load(file, weights_only=False)
+        torch.save({**content, "extra": Trap(trapped)}, file, _use_new_zipfile_serialization=zipped)
+
+    file = spoil(through, tmp_path / "run", pattern, add)
+    with pytest.raises(SystemExit, match=f"{file.name} .*is code, and no code of a file is run"):
+        merge.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--tag", "last"])
+    with pytest.raises(ValueError, match=f"{file.name} .*is code, and no code of a file is run"):
+        load_checkpoint(None, tmp_path / "run/ckpt_model", World(0, 1, torch.device("cpu")))
+    assert not trapped.exists()
+    torch.load(file, weights_only=False)
+    assert trapped.exists(), "the trap works where code is allowed"
+
+
+def test_resuming_reads_shards_without_code(
+    data: Path, tmp_path: Path, through: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that DeepSpeed itself loads in resuming is forced to be data, and the switch is off again afterwards."""
+    seen = []
+    original = torch.serialization._load
+    monkeypatch.setattr(torch.serialization, "_load", lambda *args, **more: (seen.append(more["weights_only"]),
+                                                                              original(*args, **more))[1])  # fmt: skip
+    shutil.copytree(through, tmp_path / "tiny")
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    train_read.main(command(data, tmp_path, "tiny", "--auto_resume"))
+    assert len(seen) >= 4 and all(seen)
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "words"),
+    [
+        ("*optim_states.pt", lambda file: file.write_bytes(b""), "is empty"),
+        ("*model_states.pt", lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
+        ("*optim_states.pt", lambda file: os.truncate(file, file.stat().st_size // 2), "copy or download it again"),
+        ("*model_states.pt", lambda file: torch.save([1], file), "no part of a DeepSpeed checkpoint: it has no module"),
+        ("*optim_states.pt", lambda file: torch.save({"module": {}}, file), "it has no optimizer_state_dict"),
+        ("*optim_states.pt", lambda file: torch.save({"optimizer_state_dict": None}, file), "step4 cannot be read"),
+        ("*model_states.pt", lambda file: torch.save({"module": {}, "buffer_names": 3}, file), "step4 cannot be read"),
+    ],
+)
+def test_damaged_shards_are_named(through: Path, tmp_path: Path, pattern: str, change, words: str) -> None:
+    spoil(through, tmp_path / "run", pattern, change)
+    with pytest.raises(ValueError, match=words):
+        merge.read_shards(tmp_path / "run/ckpt_model/step4")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("step9", "names step9, which is not there"), ("../../other", "must name a folder beside it"), ("", "is empty")],
+)
+def test_a_file_latest_that_names_no_checkpoint(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "ckpt_model/step4").mkdir(parents=True)
+    (tmp_path / "ckpt_model/latest").write_text(content)
+    with pytest.raises((OSError, ValueError), match=words):
+        load_checkpoint(None, tmp_path / "ckpt_model", World(0, 1, torch.device("cpu")))
+    with pytest.raises((OSError, ValueError), match=words):
+        merge.checkpoint_folder(tmp_path, "last")
+
+
+@pytest.mark.parametrize("best", ["[]", "{", '{"tag": 3}', '{"tag": "../../other"}', ""])
+def test_a_record_of_the_best_checkpoint_that_is_unusable(tmp_path: Path, best: str) -> None:
+    (tmp_path / "best.json").write_text(best)
+    with pytest.raises(ValueError, match=r"best\.json"):
+        merge.checkpoint_folder(tmp_path, "best")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "is empty"), ("[]", "must be a JSON object"), ('{"model_type": "read"}', "no settings of one"),
+        ('{"train": []}', "train: must be a JSON object"), ('{"train": {"lora_rank": 3}}', "unknown setting 'lora_rank'"),
+        ('{"train": {"lora_r": "8"}}', "lora_r must be int, found '8'"), ('{"train": {"lora_r": true}}', "lora_r must be int"),
+        ('{"train": {"lr": NaN}}', "lr must be float"), ('{"train": {"version": null}}', "version must be str"),
+        ('{"train": {"epochs": 0}}', "epochs must be at least 1"), ('{"train": {"sasp": "no"}}', "sasp must be bool or NoneType"),
+    ],
+)  # fmt: skip
+def test_settings_of_a_run_that_are_damaged_are_named(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=words) as error:
+        TrainArgs.load(tmp_path)
+    assert "config.json" in str(error.value)
+
+
+def test_settings_of_a_run_are_read_with_a_byte_order_mark(tmp_path: Path) -> None:
+    TrainArgs(lr=1, lora_r=4).save(tmp_path / "config.json")
+    text = (tmp_path / "config.json").read_bytes()
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + text)
+    assert TrainArgs.load(tmp_path) == TrainArgs(lr=1, lora_r=4)

@@ -11,15 +11,16 @@ DeepSpeed is imported where it is used: validation alone does not need it.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import distributed
-from utils.files import read_text, write_json, write_text
+from utils.files import read_text, shown, write_json, write_text
 from utils.outputs import remove
 
 if TYPE_CHECKING:
@@ -163,22 +164,41 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / LATEST).is_file()
 
 
+def latest_tag(folder: Path) -> str:
+    """The checkpoint that `latest` names.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: the file is unusable, or names a place elsewhere.
+    """
+    if not has_checkpoint(folder):
+        raise FileNotFoundError(f"nothing to resume in {folder}: it has no file `{LATEST}`")
+    tag = read_text(folder / LATEST).strip()
+    if tag in (".", "..") or "/" in tag or "\\" in tag or not tag.isprintable():
+        raise ValueError(f"{folder / LATEST} must name a folder beside it, found {shown(tag)}")
+    if not (folder / tag).is_dir():
+        there = sorted(path.name for path in folder.glob("step*") if path.is_dir()) or ["none"]
+        raise FileNotFoundError(f"{folder / LATEST} names {tag}, which is not there; there are: {', '.join(there)}")
+    return tag
+
+
 def load_checkpoint(engine: Any, folder: Path, world: World) -> str:
     """Weights, optimiser and step of the last checkpoint; returns its path.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it does not fit the model, or was written by more or fewer processes.
+        FileNotFoundError: there is none.
+        ValueError: it does not fit the model, was written by more or fewer processes, or is damaged or foreign.
     """
-    if not has_checkpoint(folder):
-        raise FileNotFoundError(f"nothing to resume in {folder}: it has no file `{LATEST}`")
-    tag = (folder / LATEST).read_text().strip()
+    tag = latest_tag(folder)
     shards = len(list((folder / tag).glob("*optim_states.pt")))
     if shards != world.size:
         raise ValueError(
             f"{folder / tag} was written by {shards} processes, this run has {world.size}: start as many "
             "again, or merge that run (merge_lora_weight.sh) and begin a new one from the result"
         )
-    path, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, custom_load_fn=load_trained)
+    with reading_shards(folder / tag):
+        path, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, custom_load_fn=load_trained)
+    if path is None:
+        raise ValueError(f"{folder / tag} holds no checkpoint that DeepSpeed can load: its files are not whole")
     return path
 
 
@@ -186,11 +206,56 @@ def load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
     """Loads a checkpoint that may leave out frozen weights, but not one that trains.
 
     Raises:
-        ValueError: with the keys that are missing or unexpected.
+        ValueError: with the keys that are missing, unexpected or of another shape.
     """
-    missing, _ = dst.load_state_dict(src, strict=False)
+    try:
+        missing, _ = dst.load_state_dict(src, strict=False)
+    except RuntimeError as error:  # torch lists the shapes
+        raise ValueError(f"the checkpoint does not fit this model; {error}") from error
     unexpected = src.keys() - dst.state_dict().keys()  # torch's own list has the scales of weights in few bits too
     trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
     lost = sorted(trained & set(missing))
     if lost or unexpected:
         raise ValueError(f"the checkpoint does not fit this model; missing: {lost}; unexpected: {sorted(unexpected)}")
+
+
+@contextlib.contextmanager
+def reading_shards(folder: Path) -> Iterator[None]:
+    """Within the block, what DeepSpeed reads of a checkpoint's folder is data: no code in the files is run.
+
+    A pickle can name any function to be called. DeepSpeed allows it (`weights_only=False`), since its shards hold three small
+    classes of its own. Here these are allowed by name, and a switch of torch refuses everything else, whatever the caller asks.
+
+    Raises:
+        ValueError: a shard is damaged or something else; the message names it.
+    """
+    import torch
+
+    distributed.choose_accelerator()
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    from model.weights import load_pickle
+
+    switches = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in switches}
+    os.environ.update(switches)
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            for file in sorted(folder.glob("*.pt")):  # every process looks at every file, so that all of them stop
+                content = load_pickle(file)
+                field = "optimizer_state_dict" if file.name.endswith("optim_states.pt") else "module"
+                if not isinstance(content, dict) or field not in content:
+                    raise ValueError(f"{file} is no part of a DeepSpeed checkpoint: it has no {field}")
+            yield
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # What DeepSpeed raises for files that it did not write. Errors of devices and groups are subclasses of RuntimeError.
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise
+        raise ValueError(f"{folder} cannot be read: {error or type(error).__name__}") from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

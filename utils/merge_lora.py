@@ -22,11 +22,11 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.args import TrainArgs
 from utils.cli import plain_errors, torch_dtype
-from utils.files import write_json, write_text
+from utils.files import read_object, shown, write_json, write_text
 from utils.model_card import CARD, MERGED_FROM, model_card
 from utils.outputs import MARKER, NotOursError, OutputFolder, remove
 
@@ -190,15 +190,19 @@ def checkpoint_folder(run: Path, tag: str) -> Path:
     """The DeepSpeed checkpoint that a tag means: best and last by the run's own records, else by name.
 
     Raises:
-        FileNotFoundError: there is none; the message lists those there are.
+        FileNotFoundError: there is none; the message lists those there are. ValueError: a record of the run is unusable.
     """
+    from utils.engine import has_checkpoint, latest_tag
+
     root = run / "ckpt_model"
-    name: str | None = tag
+    name: Any = tag
     if tag == "best":
-        name = json.loads((run / "best.json").read_text())["tag"] if (run / "best.json").is_file() else None
+        name = read_object(run / "best.json").get("tag", "") if (run / "best.json").is_file() else None
+        if name is not None and (not isinstance(name, str) or Path(name).name != name):
+            raise ValueError(f"{run / 'best.json'}: tag must name a folder of {root}, found {shown(name)}")
     elif tag == "last":
-        name = (root / "latest").read_text().strip() if (root / "latest").is_file() else None
-    if name is None or not (root / name).is_dir():
+        name = latest_tag(root) if has_checkpoint(root) else None
+    if name is None or Path(name).name != name or not (root / name).is_dir():
         there = sorted(p.name for p in root.glob("*") if p.is_dir()) or ["none"]
         raise FileNotFoundError(f"{run} has no checkpoint {tag!r}; in {root} there are: {', '.join(there)}")
     return root / name
@@ -208,40 +212,36 @@ def read_shards(folder: Path) -> dict[str, torch.Tensor]:
     """Float32 weights of a ZeRO checkpoint by module name: what trained, and what else it holds.
 
     In memory, by DeepSpeed's own function: that its converter writes shards since 0.15.2 is no matter here.
+
+    Raises:
+        ValueError: a shard is damaged, foreign, or would run code; the message names it.
     """
-    from utils.distributed import choose_accelerator
+    from utils.engine import reading_shards
 
-    choose_accelerator()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    with reading_shards(folder), contextlib.redirect_stdout(io.StringIO()):  # it tells its life to stdout
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its life to stdout
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
 
 
 def read_fp32(path: Path) -> dict[str, torch.Tensor]:
-    """Weights that DeepSpeed's zero_to_fp32.py wrote: one file, or a folder with one file or with shards and index."""
-    import torch
-    from safetensors.torch import load_file
+    """Weights that DeepSpeed's zero_to_fp32.py wrote: one file, or a folder with one file or with shards and index.
 
+    Raises:
+        FileNotFoundError: there are none. CheckpointError: a file cannot be read as weights; the message names it.
+    """
+    from model.weights import read_tensors, shards
+
+    files = [path]
     if path.is_dir():
         index = next(iter(sorted(path.glob("*.index.json"))), None)
-        if index is not None:
-            files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        else:
-            files = sorted(path.glob("*.bin")) + sorted(path.glob("*.safetensors"))
-            if len(files) != 1:
-                raise FileNotFoundError(f"{path} holds {len(files)} weight files and no index: one of either is needed")
-    else:
-        files = [path]
-    weights: dict[str, torch.Tensor] = {}
+        files = shards(index) if index is not None else sorted(path.glob("*.bin")) + sorted(path.glob("*.safetensors"))
+        if index is None and len(files) != 1:
+            raise FileNotFoundError(f"{path} holds {len(files)} weight files and no index: one of either is needed")
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing")
-        if file.suffix == ".safetensors":
-            weights |= load_file(file)
-        else:
-            weights |= torch.load(file, map_location="cpu", weights_only=True)
-    return weights
+    return dict(read_tensors(files))
 
 
 def build_trained_model(args: TrainArgs, trained: dict[str, torch.Tensor]) -> READForCausalLM:
