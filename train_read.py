@@ -30,6 +30,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,12 +65,13 @@ def main(argv: list[str] | None = None) -> None:
             return
         try:
             run(args, stopping)
-        except FloatingPointError as error:
-            raise ValueError(str(error)) from error
-        except RuntimeError as error:
-            if not distributed.is_lost_peer(error):
-                raise
-            raise ConnectionError(f"another process of this run has ended, so that this one cannot go on ({error})") from error
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the loader, whose workers end with it
+            if isinstance(error, FloatingPointError):
+                raise ValueError(str(error)) from error
+            if isinstance(error, RuntimeError) and distributed.is_lost_peer(error):
+                raise ConnectionError(f"another process of this run has ended, so this one cannot go on ({error})") from error
+            raise
         finally:
             distributed.stop()
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -26,6 +32,7 @@ from model import (
     quantize_language_model,
     set_trainable,
 )
+from utils import distributed, stopping
 from utils import merge_lora as merge
 from utils.args import TrainArgs
 from utils.conversation import IMAGE_TOKEN_INDEX
@@ -142,7 +149,7 @@ def test_resuming_needs_as_many_processes(data: Path, through: Path, tmp_path: P
     shutil.copy(shards[0], shards[0].with_name("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"))
     settings = (tmp_path / "tiny/config.json").read_text()
     with pytest.raises(SystemExit, match="written by 2 processes, this run has 1"):
-        train_read.main(command(data, tmp_path, "tiny", "--auto_resume", epochs=3))
+        train_read.main(command(data, tmp_path, "tiny", "--auto_resume"))
     assert (tmp_path / "tiny/config.json").read_text() == settings, "what merging reads stays as it was"
 
 
@@ -153,6 +160,274 @@ def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path: Path) -> No
     file.write_text("".join(lines) + '{"kind": "val", "step": 2}\n{"kind": "train", "st')
     drop_records(file, after_step=2, measured_step=1)
     assert file.read_text() == "".join([lines[0], lines[1], lines[3]])
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+def signalled(number: int, when: int, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
+    """This process gets a signal in the forward pass `when`, counted from 0, of the next training."""
+    original, calls = train_read.check_finite, []
+
+    def check(*args):
+        calls.append(1)
+        if len(calls) == when + 1:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+                time.sleep(2 * stopping.ONE_REQUEST_S * (times > 1))
+        return original(*args)
+
+    monkeypatch.setattr(train_read, "check_finite", check)
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS, ids=stopping.name_of)
+def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
+    number: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, seen: list[int]
+) -> None:
+    """In the first of two forward passes of a step, whose log line is not due yet; then in a validation."""
+    rare = {"save_every": 50, "print_freq": 2, "steps_per_epoch": 3}
+    train_read.main(command(data, tmp_path, "through", **rare))
+    seen.clear()
+    line = command(data, tmp_path, "tiny", "--auto_resume", **rare)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        signalled(number, 0, patch)
+        train_read.main(line)
+    assert ended.value.code == 128 + number and seen == [0, 0], "the step is finished"
+    said = capfd.readouterr()
+    assert "step1. The same command with --auto_resume goes on" in said.out and "Traceback" not in said.err
+    assert (tmp_path / "tiny/ckpt_model/latest").read_text() == "step1"
+    assert not multiprocessing.active_children(), "workers have ended"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train_read, "validate", lambda *_: os.kill(os.getpid(), number))
+        train_read.main(line)
+    assert ended.value.code == 128 + number
+    assert (tmp_path / "tiny/ckpt_model/latest").read_text() == "step3"
+    train_read.main(line)
+    for kind in ("train", "val"):
+        assert timeless(tmp_path / "tiny", kind) == timeless(tmp_path / "through", kind)
+    assert (tmp_path / "tiny/best.json").read_text() == (tmp_path / "through/best.json").read_text()
+    expected, found = weights(tmp_path / "through", 6), weights(tmp_path / "tiny", 6)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_second_signal_stops_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[int]) -> None:
+    """Before the step is over; nothing is saved."""
+    signalled(signal.SIGINT, 0, monkeypatch, times=2)
+    with pytest.raises(SystemExit) as ended:
+        train_read.main(command(data, tmp_path, "tiny"))
+    assert ended.value.code == 130 and seen == [] and not (tmp_path / "tiny/ckpt_model/latest").exists()
+
+
+def test_a_signal_before_training_ends_with_one_line(data: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    """While a model is loaded, say."""
+    monkeypatch.setattr(train_read, "build_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        train_read.main(command(data, tmp_path, "tiny"))
+    assert ended.value.code == 143
+    assert capfd.readouterr().err.split("\n")[-2:] == ["train_read.py: stopped by SIGTERM", ""]
+
+
+def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's answers Ctrl-C, which its ranks hear too, with SIGTERM; `timeout` sends its signal twice."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with stopping.Stopping("x") as stop, stop.gently():
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        time.sleep(2 * stopping.ONE_REQUEST_S)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.asked == signal.SIGINT
+        with pytest.raises(stopping.Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_code_that_hears_no_signal_is_ended() -> None:
+    """A rank that waits for another in a library, as in a rendezvous."""
+    probe = (
+        "import hashlib; from utils import stopping; stopping.UNWIND_S = 0.2\n"
+        "with stopping.Stopping('x'):\n    print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", probe], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143 and process.stderr.read() == b"\nx: stopped by SIGTERM\n"
+
+
+class Slow(torch.utils.data.Dataset):
+    """Yields the id of the worker's process."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpid()
+
+
+def test_workers_leave_signals_to_their_process() -> None:
+    """A terminal and a launcher send them to all processes; the step that is to be finished needs its batches."""
+    loader = torch.utils.data.DataLoader(Slow(), num_workers=1, worker_init_fn=stopping.quiet_worker, persistent_workers=True)
+    batches = iter(loader)
+    worker = int(next(batches))
+    sender = "import os, sys\nfor number in sys.argv[2:]: os.kill(int(sys.argv[1]), int(number))"
+    subprocess.run([sys.executable, "-c", sender, str(worker), *map(str, map(int, stopping.SIGNALS))], check=True)
+    assert [int(batch) for batch in batches] == [worker] * 7
+    (child,) = (child for child in multiprocessing.active_children() if child.pid == worker)
+    child.terminate()  # from its own process
+    child.join(30)
+    assert child.exitcode == 0
+    with contextlib.suppress(RuntimeError):
+        del batches, loader
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("part", ["deepspeed.launcher.runner", "deepspeed.launcher.launch"])
+def test_ranks_end_with_their_launcher_and_save(data: Path, tmp_path: Path, part: str) -> None:
+    """`kill -9` of either of its two processes left ranks training on, which nobody could see or stop."""
+    line = command(data, tmp_path, "tiny", "--no_eval", steps_per_epoch=5000, grad_accumulation_steps=1, batch_size=1)
+    launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29623"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "said.txt").open("w") as said:
+        runner = subprocess.Popen([*launch, "train_read.py", *line], cwd=ROOT, env=environment, stdout=said, stderr=said)
+    below: list[psutil.Process] = []
+    try:
+        wait_for((tmp_path / "tiny/ckpt_model/latest").is_file, 400)
+        below = psutil.Process(runner.pid).children(recursive=True)
+        ranks = [one for one in below if "train_read.py" in one.cmdline() and part not in one.cmdline()]
+        assert len(ranks) >= 2
+        killed = next(one for one in [psutil.Process(runner.pid), *below] if part in one.cmdline())
+        killed.kill()
+        wait_for(lambda: not any(alive(one.pid) for one in below), 100)
+        text = (tmp_path / "said.txt").read_text()
+        assert "the launcher of this run is gone" in text and "stopped by SIGTERM after step" in text, text[-2000:]
+        tag = (tmp_path / "tiny/ckpt_model/latest").read_text()
+        assert f"ckpt_model/{tag}. The same command" in text
+    finally:
+        runner.kill()
+        runner.wait()
+        for one in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def wait_for(there, seconds: float) -> None:
+    """Until something is so; AssertionError after that many seconds."""
+    begin = time.monotonic()
+    while not there():
+        assert time.monotonic() - begin < seconds
+        time.sleep(0.2)
+
+
+# ------------------------------------------------------------------------------------------------ disks
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/3"), OSError(28, "No space left on device"), PermissionError(13, "Permission denied"), OSError(30, "Read-only file system"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(
+    error: Exception, data: Path, through: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """One line that names it; with room again the run ends as if nothing had been."""
+    original = torch.save
+
+    def save(value, file, *args, **kwargs):
+        if "step2" in str(getattr(file, "name", file)):
+            raise error
+        return original(value, file, *args, **kwargs)
+
+    line = command(data, tmp_path, "tiny", "--auto_resume")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="step2 cannot be written.*step1 is whole") as ended:
+        patch.setattr(torch, "save", save)
+        train_read.main(line)
+    assert ended.value.code == 2 and "Traceback" not in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "tiny/ckpt_model").glob("step*")] == ["step1"]
+    if isinstance(error, RuntimeError):
+        train_read.main(line)
+        expected, found = weights(through), weights(tmp_path / "tiny")
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_loss_that_is_not_finite_ends_with_one_line(data: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    """Term and sample are in it."""
+
+    def explode(*_):
+        raise FloatingPointError("after step 0: loss = nan. The samples of the batch:\n  a.jpg: ['the cup']")
+
+    monkeypatch.setattr(train_read, "check_finite", explode)
+    with pytest.raises(SystemExit, match="loss = nan.*a.jpg") as ended:
+        train_read.main(command(data, tmp_path, "tiny"))
+    assert ended.value.code == 2 and "Traceback" not in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ the launcher's variables
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"RANK": "1"}, {"RANK": "0"}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "-1"}, {"WORLD_SIZE": "1", "RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "2"},
+        {"WORLD_SIZE": "2", "RANK": "-1"}, {"WORLD_SIZE": "1.0"}, {"LOCAL_RANK": "x"}, {"LOCAL_RANK": "1"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "5"}, {"WORLD_SIZE": "nan", "RANK": "0"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_variables_of_a_launcher_that_cannot_be_are_named(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK=1 alone measured half the data."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+        if name in given:
+            monkeypatch.setenv(name, given[name])
+    with pytest.raises(ValueError, match=f"{next(iter(given))}='{next(iter(given.values()))}'.*unset them"):
+        distributed.start(engine=False)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({}, "did not meet within 0.5 s .*process 0 of 2.*GLOO_SOCKET_IFNAME"),
+        ({"RANK": "1"}, "did not meet within 0.5 s .*process 1 of 2"),
+        ({"RANK": "1", "MASTER_ADDR": "nowhere.invalid"}, "did not meet .*nowhere.invalid"),
+        ({"MASTER_PORT": "taken"}, "MASTER_PORT .* is in use by another program"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999'"), ({"MASTER_PORT": ""}, "MASTER_PORT=''"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR=''"),
+        ({"READ_RENDEZVOUS_S": "soon"}, "READ_RENDEZVOUS_S='soon'"), ({"READ_RENDEZVOUS_S": "nan"}, "READ_RENDEZVOUS_S='nan'"),
+        ({"READ_RENDEZVOUS_S": "1e300"}, "READ_RENDEZVOUS_S='1e300'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_processes_that_do_not_come_are_not_waited_for_long(
+    given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """WORLD_SIZE=2 around a single process waited for a day, in silence."""
+    monkeypatch.setattr(distributed, "end_with_launcher", lambda: None)
+    with socket.socket() as taken, socket.socket() as probe:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        probe.bind(("127.0.0.1", 0))
+        free = str(probe.getsockname()[1])
+        probe.close()
+        values = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free,
+                  "READ_RENDEZVOUS_S": "0.5"} | given  # fmt: skip
+        if given.get("MASTER_PORT") == "taken":
+            values["MASTER_PORT"] = str(taken.getsockname()[1])
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises((OSError, ValueError), match=told):
+            distributed.start(engine=False)
+    if "did not meet" in told and values["RANK"] == "0":
+        said = capfd.readouterr().err
+        assert f"waiting for 2 processes; this is process 0 of 2, at MASTER_ADDR:MASTER_PORT 127.0.0.1:{free}" in said
 
 
 # ------------------------------------------------------------------------------------------------ ZeRO-3 and offload
@@ -320,7 +595,7 @@ def test_merging_twice_or_with_another_base_is_refused(data: Path, through: Path
     with pytest.raises(SystemExit, match="does not hold the weights that .* was trained from"):
         merge.main([str(tmp_path / "run"), str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
-    changed = command(data, tmp_path, "run", "--auto_resume", version=tmp_path / "base", epochs=3)
+    changed = command(data, tmp_path, "run", "--auto_resume", version=tmp_path / "base")
     with pytest.raises(SystemExit, match="does not hold the weights that .* was trained from"):
         train_read.main(changed)
 

@@ -16,12 +16,13 @@ import torch
 from tiny_training import CKPT, ROOT, flags, needs_ckpt, records, write_reason_seg
 
 import train_read
-from dataset.mixture import EpochSampler
+from dataset.mixture import Batches, EpochSampler, Mixture
 from model import READForCausalLM, READProcessor, add_lora, merge_lora, set_trainable
 from train_read import check_finite
 from utils import merge_lora as merge
 from utils.args import TrainArgs
-from utils.engine import deepspeed_config
+from utils.distributed import World
+from utils.engine import deepspeed_config, prune
 from utils.outputs import OutputFolder
 from utils.runlog import Averages
 
@@ -177,7 +178,8 @@ def test_resuming_continues_as_if_never_stopped(data: Path, run: Path, tmp_path:
     train_read.main([*flags(data, tmp_path, "tiny"), "--auto_resume"])
     with pytest.raises(SystemExit, match="--overwrite would delete"):
         train_read.main([*flags(data, tmp_path, "tiny"), "--auto_resume", "--overwrite"])
-    with pytest.raises(SystemExit, match="with it .*tiny/merged"):
+    (tmp_path / "tiny/merged").mkdir()
+    with pytest.raises(SystemExit, match="holds .*tiny/merged, which --version reads"):
         train_read.main([*flags(data, tmp_path, "tiny", version=str(tmp_path / "tiny/merged")), "--overwrite"])
     with pytest.raises(SystemExit, match="--eval_only measures --version"):
         train_read.main([*flags(data, tmp_path, "tiny"), "--eval_only", "--auto_resume"])
@@ -192,7 +194,13 @@ def test_resuming_continues_as_if_never_stopped(data: Path, run: Path, tmp_path:
 def test_a_new_run_continues_from_another(data: Path, run: Path, tmp_path: Path) -> None:
     """--resume takes weights, optimiser and step of another run, and leaves that run alone."""
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
-    train_read.main([*flags(data, tmp_path, "next", epochs=3), "--max_steps", "5", "--no_eval", "--resume", str(run)])
+    line = [*flags(data, tmp_path, "next", epochs=3), "--max_steps", "5", "--no_eval", "--resume", str(run)]
+    with pytest.raises(SystemExit, match="--epochs was 2, is 3"):
+        train_read.main(line)
+    train_read.main([*line, "--resume_with_changes"])
+    assert json.loads((tmp_path / "next/config.json").read_text())["changes"] == [
+        {"after_step": 4, "flags": {"epochs": [2, 3]}, "data": []}
+    ]
     assert [line["step"] for line in records(tmp_path / "next", "train")] == [5]
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
     with pytest.raises(SystemExit, match="not a training run"):
@@ -254,6 +262,250 @@ def test_eval_only_needs_neither_training_data_nor_deepspeed(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "cIoU" in done.stdout
     assert not (tmp_path / "eval" / "ckpt_model").exists()
+
+
+# ------------------------------------------------------------------------------------------------ what is not its own
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    """A folder of runs among other things of the user."""
+    (tmp_path / "runs/thesis").mkdir(parents=True)
+    (tmp_path / "runs/thesis/chapter.tex").write_text("years of work")
+    (tmp_path / "runs/afile").write_text("x")
+    (tmp_path / "runs/link").symlink_to("thesis")
+    (tmp_path / "runs/lost").symlink_to("nowhere")
+    shutil.copytree(CKPT / "clip_tiny", tmp_path / "runs/model")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/photo.jpg").write_bytes(b"x")
+    return tmp_path / "runs"
+
+
+@needs_ckpt
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--auto_resume"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("thesis", "did not write .chapter.tex"), ("link", "did not write .chapter.tex"), ("model", "did not write"),
+        ("afile", "is a file"), ("lost", "does not exist"), ("../x", "name within --log_base_dir"), (".", "name within"),
+        ("thesis/../../x", "name within"), ("afile/x", "cannot be written|[Nn]ot a directory"), ("n" * 300, "name too long"),
+    ],
+)  # fmt: skip
+def test_a_run_takes_no_place_of_something_else(data: Path, places: Path, name: str, why: str, more: list[str]) -> None:
+    """With --overwrite it would have been deleted, without it its config.json replaced."""
+    before = {file: file.read_bytes() for file in places.parent.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit, match=why) as ended:
+        train_read.main([*flags(data, places, name), *more])
+    assert ended.value.code == 2
+    left = {file: file.read_bytes() for file in places.parent.rglob("*") if file.is_file()}
+    assert left == before
+
+
+@needs_ckpt
+@pytest.mark.parametrize(
+    "flag", ["version", "vision_tower", "vision_pretrained", "dataset_dir", "own_data", "resume", "cache_dir"]
+)
+def test_what_a_run_reads_is_not_overwritten_by_it(data: Path, tmp_path: Path, flag: str) -> None:
+    """Not even in a run's own folder."""
+    OutputFolder(tmp_path / "mine", "train").mark()
+    (tmp_path / "mine/ckpt_model/step1").mkdir(parents=True)
+    more = {"dataset": "own"} if flag == "own_data" else {}
+    with pytest.raises(SystemExit, match=f"which --{flag}.* reads"):
+        train_read.main([*flags(data, tmp_path, "mine", **{flag: tmp_path / "mine/ckpt_model"}, **more), "--overwrite"])
+    assert (tmp_path / "mine/ckpt_model/step1").is_dir()
+
+
+def test_pruning_knows_its_own_checkpoints(tmp_path: Path) -> None:
+    """A checkpoint that somebody put aside stays."""
+    for name in ("step2", "step3.partial", "step4", "step4_keep", "step5.bak", "steps"):
+        (tmp_path / name).mkdir()
+    prune(tmp_path, {"step4"}, World(0, 1, torch.device("cpu")))
+    assert {path.name for path in tmp_path.iterdir()} == {"step4", "step4_keep", "step5.bak", "steps"}
+
+
+@needs_ckpt
+def test_a_second_training_of_one_name_stops_at_once(data: Path, tmp_path: Path) -> None:
+    """Before a model is loaded, with the name of who is in the folder; --overwrite deletes nothing under it."""
+    with OutputFolder(tmp_path / "run", "train").lock():
+        OutputFolder(tmp_path / "run", "train").mark()
+        (tmp_path / "run/log.jsonl").write_text("{}")
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(SystemExit, match=f"another process .process {os.getpid()} on"):
+                train_read.main([*flags(data, tmp_path, "run", version="nowhere"), *more])
+        assert (tmp_path / "run/log.jsonl").read_text() == "{}"
+
+
+# ------------------------------------------------------------------------------------------------ resuming as another run
+
+
+@needs_ckpt
+@pytest.mark.parametrize(
+    "flag, value, told",
+    [
+        ("seed", 4, "--seed was 3, is 4"), ("batch_size", 1, "--batch_size was 2, is 1"), ("lr", 0.02, "--lr was 0.01, is 0.02"),
+        ("num_points", 4, "--num_points was 5, is 4"), ("bce_loss_weight", 1.0, "--bce_loss_weight was 2.0, is 1.0"),
+        ("epochs", 3, "--epochs was 2, is 3"), ("steps_per_epoch", 3, "--steps_per_epoch was 2"),
+        ("num_classes_per_sample", 2, "--num_classes_per_sample was 1"), ("grad_accumulation_steps", 2, "_steps was 1, is 2"),
+        ("reason_seg_ignore", "ignored", "--reason_seg_ignore was 'background'"), ("t_pos", 0.7, "--t_pos was None, is 0.7"),
+        ("attn_implementation", "eager", "--attn_implementation was 'sdpa'"), ("val_split", "train", "--val_split was 'val'"),
+        ("lora_r", 8, "does not fit.*--lora_r was 4, is 8"), ("zero_stage", 3, "does not fit.*--zero_stage was 2"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["--auto_resume", "--resume"])
+def test_a_run_goes_on_as_what_it_was(
+    data: Path, run: Path, tmp_path: Path, way: str, flag: str, value: object, told: str
+) -> None:
+    """Other numbers under one curve are refused, with each difference."""
+    name, more = (run.name, ["--auto_resume"]) if way == "--auto_resume" else ("next", ["--resume", str(run)])
+    runs = run.parent if way == "--auto_resume" else tmp_path
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(SystemExit, match=told):
+        train_read.main([*flags(data, runs, name, **{flag: value}), *more])
+    assert (run / "config.json").read_bytes() == before
+
+
+@needs_ckpt
+def test_changed_data_is_named_and_recorded_if_it_is_meant(data: Path, run: Path, tmp_path: Path) -> None:
+    """The same flags over other annotations or images are another run. Where the data lies does not count."""
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(run, tmp_path / "tiny")
+    line = [*flags(tmp_path / "data", tmp_path, "tiny"), "--auto_resume"]
+    train_read.main(line)
+    image = tmp_path / "data/reason_seg/ReasonSeg/train/0.jpg"
+    os.utime(image, ns=(1, 1))
+    with pytest.raises(SystemExit, match="the data of reason_seg changed since"):
+        train_read.main(line)
+    shutil.copystat(data / image.relative_to(tmp_path / "data"), image)
+    note = image.with_suffix(".json")
+    stat = note.stat()
+    note.write_text(note.read_text().replace("bright", "dimmed"))
+    os.utime(note, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(SystemExit, match="the data of reason_seg changed since.*--resume_with_changes"):
+        train_read.main(line)
+    train_read.main([*line, "--resume_with_changes"])
+    changes = json.loads((tmp_path / "tiny/config.json").read_text())["changes"]
+    assert changes == [{"after_step": 4, "flags": {}, "data": ["reason_seg"]}]
+    train_read.main(line)
+    assert json.loads((tmp_path / "tiny/config.json").read_text())["changes"] == changes
+
+
+def test_every_family_of_data_has_a_digest_of_what_it_reads(tmp_path: Path) -> None:
+    """One byte in any annotation file, one image more or less, changes it; nothing else does."""
+    from dataset import build_train
+    from dataset.fingerprint import files_of, fingerprint
+    from dataset.mini.write import write_all
+
+    write_all(tmp_path, seed=3, train=12, val=1, test=2)
+    names = ["refer_seg", "vqa", "reason_seg", "sem_seg", "own"]
+    own = "||".join(str(path) for path in sorted((tmp_path / "own").iterdir()) if path.is_dir())
+
+    def opened():
+        return build_train(names, [1] * len(names), tmp_path, refer_seg_data="refcoco", own_data=own)
+
+    mixture = opened()
+    first = fingerprint(mixture)
+    assert fingerprint(opened()) == first and len(set(first.values())) == len(names)
+    for name, members in zip(mixture.names, mixture.sets, strict=True):
+        for member in members.members:
+            files = list(files_of(member))
+            assert files and all(file.is_file() for file in files), name
+            for file in (files[0], files[-1]):
+                stat = file.stat()
+                os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+                changed = {n for n, digest in fingerprint(mixture).items() if digest != first[n]}
+                os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+                assert (name in changed) == (file.suffix not in (".json", ".jsonl", ".csv", ".p"))
+
+
+# ------------------------------------------------------------------------------------------------ broken samples
+
+
+class Numbers:
+    """A training set that draws numbers; those of `broken` cannot be read."""
+
+    def __init__(self, count: int, broken: dict[int, Exception]) -> None:
+        self.count, self.broken = count, broken
+
+    def __len__(self) -> int:
+        return self.count
+
+    def draw(self, rng):
+        number = int(rng.integers(self.count))
+        if number in self.broken:
+            raise self.broken[number]
+        return SimpleNamespace(number=number, meta={})
+
+
+def numbers(batch) -> list[int]:
+    return [sample.number for sample in batch]
+
+
+def test_a_broken_sample_is_replaced_by_a_draw_that_its_key_decides() -> None:
+    """The other samples are those of sound data; the same keys give the same batch again, and in any grouping."""
+    keys = [(2, i) for i in range(40)]
+    sound = Batches(Mixture([Numbers(10, {})], [1], seed=5), list)
+    fault = Batches(Mixture([Numbers(10, {3: ValueError("3 is cut"), 4: OSError("4 is lost")})], [1], seed=5), list)
+    expected, found = numbers(sound.__getitems__(keys)), fault.__getitems__(keys)
+    assert [a for a, b in zip(expected, numbers(found), strict=True) if a != b] == [n for n in expected if n in (3, 4)]
+    assert not {3, 4} & set(numbers(found))
+    skipped = [why for sample in found for why in sample.meta.get("skipped", ())]
+    assert {"3 is cut", "4 is lost"} == set(skipped) and len(skipped) >= sum(n in (3, 4) for n in expected)
+    assert numbers(fault.__getitems__(keys[:7])) + numbers(fault.__getitems__(keys[7:])) == numbers(found)
+
+
+def test_a_replacement_keeps_the_share_of_its_set() -> None:
+    """A set whose half is broken is drawn as often as asked."""
+    half = Numbers(10, {n: ValueError("broken") for n in range(5)})
+    batch = Batches(Mixture([half, Numbers(1, {})], [1, 1], seed=0), list).__getitems__([(0, i) for i in range(400)])
+    assert 150 < sum(number >= 5 for number in numbers(batch)) < 250
+
+
+def test_what_only_collating_finds_is_skipped_too() -> None:
+    """Marks in a text, masks that do not fit: the tokeniser sees them."""
+
+    def collate(samples):
+        if any(sample.number == 3 for sample in samples):
+            raise ValueError("3 has marks")
+        return samples
+
+    batch = Batches(Mixture([Numbers(5, {})], [1]), collate).__getitems__([(0, i) for i in range(20)])
+    assert 3 not in numbers(batch)
+    assert {why for sample in batch for why in sample.meta.get("skipped", ())} == {"3 has marks"}
+
+
+def test_broken_data_ends_a_run_where_nothing_can_take_its_place() -> None:
+    """--strict, or nothing sound in a hundred draws; a bug of ours is no broken sample."""
+    broken = Numbers(2, dict.fromkeys((0, 1), ValueError("it is cut")))
+    strict = Batches(Mixture([broken], [1]), list, strict=True).__getitems__([(0, 0)])
+    assert isinstance(strict, ValueError) and str(strict).startswith("it is cut (--strict")
+    lost = Batches(Mixture([broken], [1]), list).__getitems__([(0, 0)])
+    assert isinstance(lost, ValueError) and "100 samples in a row are broken; the last: it is cut" in str(lost)
+    with pytest.raises(TypeError):
+        Batches(Mixture([Numbers(1, {0: TypeError("a bug")})], [1]), list).__getitems__([(0, 0)])
+
+
+@needs_ckpt
+def test_a_run_counts_what_it_skips(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """By name, once on the screen and at the end, and again after it was resumed; --strict ends with one line."""
+    shutil.copytree(data, tmp_path / "data")
+    image = tmp_path / "data/reason_seg/ReasonSeg/train/0.jpg"
+    image.write_bytes(image.read_bytes()[:300])
+    line = [*flags(tmp_path / "data", tmp_path, "tiny", batch_size=4, workers=1, epochs=1, steps_per_epoch=3), "--no_eval"]
+    train_read.main(line)
+    lines = [json.loads(line) for line in (tmp_path / "tiny/skipped.jsonl").read_text().splitlines()]
+    assert lines and all("0.jpg" in line["why"] for line in lines)
+    said = capfd.readouterr().out
+    assert said.count("a broken sample is skipped: ") == 1
+    assert f"{len(lines)} broken samples were skipped:" in said and f"{len(lines)} x image {image}" in said
+    train_read.main([*line, "--overwrite", "--max_steps", "1"])
+    train_read.main([*line, "--auto_resume"])
+    assert [json.loads(line) for line in (tmp_path / "tiny/skipped.jsonl").read_text().splitlines()] == lines
+    capfd.readouterr()
+    with pytest.raises(SystemExit, match="0.jpg.*--strict") as ended:
+        train_read.main([*line, "--overwrite", "--strict"])
+    assert ended.value.code == 2
+    told = capfd.readouterr().err
+    assert "Traceback" not in told and [line for line in told.splitlines() if "0.jpg" in line and "train_read.py: " in line]
 
 
 # ------------------------------------------------------------------------------------------------ the parts
