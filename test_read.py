@@ -120,6 +120,8 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError("--cmd metrics needs --predictions, files or folders")
         print(metrics(options.predictions or [options.out], options.protocol))
         return 0
+    if options.predictions:
+        raise ValueError("--predictions are what --cmd metrics scores: add it, or leave --predictions out")
     options.protocol = options.protocol or "forced"
     with stopped_by_signals():
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def build_eval(
         return ReasonEvaluation(dataset_dir, split, protocol, templates == "random", seed)
     if name in SPLIT_BY:
         return ReferEvaluation(dataset_dir, name, split, protocol, templates == "random", seed)
-    if Path(name).expanduser().exists():
+    if os.path.exists(os.path.expanduser(name)):  # which leaves ~ of an unknown user as it is
         return OwnEvaluation(name, split, protocol, templates == "random", seed)
     raise ValueError(
         f"no evaluation set {name!r}: it is neither one of {', '.join(EVAL_SETS)}, nor the path of own data ({FORMS})"
