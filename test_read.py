@@ -120,6 +120,8 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError("--cmd metrics needs --predictions, files or folders")
         print(metrics(options.predictions or [options.out], options.protocol))
         return 0
+    if options.predictions:
+        raise ValueError("--predictions are what --cmd metrics scores: add it, or leave --predictions out")
     options.protocol = options.protocol or "forced"
     with stopped_by_signals():
         try:
@@ -243,11 +245,12 @@ def check_answer_length(options: argparse.Namespace) -> None:
     if not file.is_file():
         return  # of the hub, where it is known once the model is loaded
     fields = read_object(file)
-    texts = fields.get("llava", {}).get("text_config", {}) if isinstance(fields.get("llava"), dict) else fields
-    positions = texts.get("max_position_embeddings") if isinstance(texts, dict) else None
-    patches = fields.get("num_patches")
+    parts = fields["llava"] if isinstance(fields.get("llava"), dict) else {"text_config": fields}
+    text, vision = (part if isinstance(part := parts.get(name), dict) else {} for name in ("text_config", "vision_config"))
+    positions, size, patch = text.get("max_position_embeddings"), vision.get("image_size"), vision.get("patch_size")
     if type(positions) is int:
-        check_answer_length(options.max_new_tokens, positions, patches if type(patches) is int else 0)
+        patches = (size // patch) ** 2 if type(size) is type(patch) is int and patch > 0 else None
+        check_answer_length(options.max_new_tokens, positions, patches)
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def build_eval(
         return ReasonEvaluation(dataset_dir, split, protocol, templates == "random", seed)
     if name in SPLIT_BY:
         return ReferEvaluation(dataset_dir, name, split, protocol, templates == "random", seed)
-    if name and os.path.exists(os.path.expanduser(name)):
+    if name and os.path.exists(os.path.expanduser(name)):  # expanduser leaves ~ of an unknown user as it is
         return OwnEvaluation(name, split, protocol, templates == "random", seed)
     raise ValueError(
         f"no evaluation set {name!r}: it is neither one of {', '.join(EVAL_SETS)}, nor the path of own data ({FORMS})"

@@ -735,22 +735,3 @@ def released_config(config: READConfig) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "use_cache": False,
     }
-
-
-PROCESSOR_FILES = (
-    "tokenizer.model", "tokenizer.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",
-    "preprocessor_config.json", "read_processor.json",
-)  # fmt: skip
-"""What tokenizer and processor are read from."""
-
-
-def processor_fingerprint(version: str, vision_tower: str | None = None) -> str:
-    """A name for the files of tokenizer and processor of a checkpoint, with those of the tower that is given beside it."""
-    folder = resolve_folder(version)
-    folders = [folder]
-    if vision_tower is not None or not (folder / "preprocessor_config.json").is_file():
-        folders.append(tower_of(folder, vision_tower))
-    digest = hashlib.blake2b(digest_size=16)
-    for file in (folder / name for folder in folders for name in PROCESSOR_FILES):
-        digest.update(f"{file.name} ".encode() + (file.read_bytes() if file.is_file() else b"is not there"))
-    return digest.hexdigest()

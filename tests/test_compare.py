@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.mask import frPyObjects
 
 from utils import visualize
 from utils.compare import (
@@ -26,7 +27,7 @@ from utils.compare import (
     read_run,
     scores_of,
 )
-from utils.predictions import encode_mask
+from utils.predictions import encode_mask, hash_of_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 HEIGHT, WIDTH = 40, 60
@@ -446,7 +447,9 @@ def test_the_command_prints_and_writes_the_same_each_time(runs, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "more, words", [(["--top", "-1"], "--top"), (["--resamples", "0"], "--resamples"), (["--html", "{a}"], "directory")]
+    "more, words",
+    [(["--top", "-1"], "--top"), (["--resamples", "0"], "--resamples"), (["--resamples", "9" * 9], "1000000"),
+     (["--html", "{a}"], "directory")],
 )
 def test_errors_are_one_line(runs, more, words):
     with pytest.raises(SystemExit, match=words) as error:
@@ -464,3 +467,67 @@ def test_folders_that_hold_no_results_are_named(runs, tmp_path: Path):
     other = write_run(tmp_path / "other", {"refcoco|val": some_records(0)})
     with pytest.raises(SystemExit, match=r"no data set in common: fprefcoco\|val in A, refcoco\|val in B"):
         main([str(runs[0]), str(other)])
+
+
+@pytest.mark.parametrize("content", ["<html>mine</html>", "", "notes"])
+def test_a_page_of_somebody_else_stays(runs, tmp_path: Path, content):
+    (tmp_path / "page.html").write_text(content)
+    with pytest.raises(SystemExit, match="page.html is there, and this program did not write it"):
+        main([*map(str, runs), "--html", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").read_text() == content
+
+
+def test_a_page_of_this_program_is_replaced(runs, tmp_path: Path):
+    for top in (1, 2):
+        compare_folders(*runs, tmp_path / "page.html", top=top)
+    assert len(Page((tmp_path / "page.html").read_text()).all("article")) == 2
+
+
+def finish(folder: Path, dataset: str) -> Path:
+    """Puts what test_read.py writes beside predictions that are whole."""
+    file = folder / "predictions_fprefcoco_val.jsonl"
+    lines = file.read_text().splitlines()
+    images = 1 + max(json.loads(line)["image_index"] for line in lines)
+    about = {
+        "settings": {"dataset": dataset, "split": "val"}, "failed": [], "images_asked": images, "records": len(lines),
+        "hash": hash_of_lines(lines), "without_questions": [], "replaces": None,
+    }  # fmt: skip
+    Path(f"{file}.settings.json").write_text(json.dumps(about))
+    return file
+
+
+def test_predictions_that_are_not_those_of_the_run_are_said(runs):
+    file = finish(runs[1], "fprefcoco")
+    assert "no predictions" not in compare_folders(*runs)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    assert re.search(r"no predictions of B, .*predictions_fprefcoco_val.jsonl: 1 image missing", compare_folders(*runs))
+    file.write_text("".join(lines))
+    finish(runs[1], "refcoco")
+    assert re.search(r"no predictions of B, .*jsonl is of refcoco\|val, not of fprefcoco\|val", compare_folders(*runs))
+
+
+def test_stored_counts_that_are_not_those_of_the_masks_are_said(tmp_path: Path):
+    good = [record(m, 0, square(10), square(10)) for m in range(3)]
+    bad = [dict(r, mask=encode_mask(square(20))) for r in good]
+    text = compare_folders(*(write_run(tmp_path / n, {"refcoco|val": r}) for n, r in (("a", good), ("b", bad))))
+    assert "the stored counts of 3 expressions of B are not those of the masks" in text and "of A are not" not in text
+
+
+def test_presence_that_is_not_known_is_not_judged(tmp_path: Path):
+    records = [dict(r, exists=None, predicted_exists=None) for r in some_records(0)]
+    one = write_run(tmp_path / "a", {"refcoco|val": records})
+    assert "gIoU" in compare_folders(one, one)
+
+
+def test_masks_that_would_fill_the_memory_are_not_drawn(tmp_path: Path):
+    """A few letters stand for a mask of a thousand million pixels."""
+    side, pixels = 2**15, 2**30
+    runs = {"none": [pixels], "all": [0, pixels]}
+    rles = {name: frPyObjects({"size": [side, side], "counts": counts}, side, side) for name, counts in runs.items()}
+    masks = {name: rle | {"counts": rle["counts"].decode()} for name, rle in rles.items()}
+    made = record(0, 0, square(10), square(10)) | {"target": masks["all"], "union": pixels}
+    sides = [made | {"mask": masks["none"], "intersection": 0}, made | {"mask": masks["all"], "intersection": pixels}]
+    folders = [write_run(tmp_path / n, {"refcoco|val": [r]}) for n, r in zip("ab", sides, strict=True)]
+    compare_folders(*folders, tmp_path / "page.html")
+    assert "are not drawn" in Page((tmp_path / "page.html").read_text()).words

@@ -330,10 +330,13 @@ def wait_for(there, seconds: float) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/3"), OSError(28, "No space left on device"), PermissionError(13, "Permission denied"), OSError(30, "Read-only file system"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/3"),
+        OSError(28, "No space left on device"),
+        PermissionError(13, "Permission denied"),
+        OSError(30, "Read-only file system"),
     ],
     ids=lambda error: type(error).__name__,
-)  # fmt: skip
+)
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(
     error: Exception, data: Path, through: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

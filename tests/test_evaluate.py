@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco
 from tiny_training import CKPT, ROOT, needs_ckpt, write_reason_seg
 
@@ -291,6 +293,192 @@ def test_other_pictures_do_not_mix(tmp_path: Path, asked: Places) -> None:
     assert asked == [0, 1, 2]
 
 
+def copies(tmp_path: Path) -> tuple[list[str], Path, Path]:
+    """(command line, model folder, data folder) of an evaluation whose every input is a copy that may be changed."""
+    model, tower, data = tmp_path / "model", tmp_path / "tower", tmp_path / "data"
+    shutil.copytree(CKPT / "read_tiny", model)
+    shutil.copytree(CKPT / "clip_tiny", tower)
+    write_reason_seg(data, {"val": 1})
+    paths = {"--version": model, "--vision_tower": tower, "--dataset_dir": data, "--out": tmp_path / "out"}
+    return [*(str(part) for pair in paths.items() for part in pair), "--workers", "0"], model, data / "reason_seg/ReasonSeg/val"
+
+
+def change_json(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def change_weights(model: Path) -> None:
+    weights = torch.load(model / "pytorch_model.bin", weights_only=True)
+    weights["lm_head.weight"].mul_(1.5)
+    torch.save(weights, model / "pytorch_model.bin")
+
+
+INPUTS = {
+    "a question": (lambda model, val: change_json(val / "0.json", text=["the dark thing"]), "annotations of ReasonSeg.val"),
+    "a mask": (
+        lambda model, val: change_json(val / "0.json", shapes=[{"label": "x", "points": [[1, 1], [9, 1], [9, 9]]}]),
+        "annotations of ReasonSeg.val changed",
+    ),
+    "a false premise": (lambda model, val: change_json(val / "0.json", false_premise_QA=[]), "annotations of ReasonSeg.val"),
+    "an image": (
+        lambda model, val: Image.new("RGB", (64, 48)).save(val / "0.jpg"), "image files of ReasonSeg.val changed",
+    ),
+    "the tokenizer": (lambda model, val: change_json(model / "tokenizer_config.json", extra=1), "the tokenizer changed"),
+    "the processor": (
+        lambda model, val: change_json(model.parent / "tower/preprocessor_config.json", image_mean=[0, 0, 0]), "the processor or",
+    ),
+    "the weights": (lambda model, val: change_weights(model), "the weights changed"),
+    "the config": (lambda model, val: change_json(model / "config.json", rms_norm_eps=0.1), "the config.json of the model"),
+}  # fmt: skip
+
+
+def test_what_decides_a_prediction_and_changed_is_named(tmp_path: Path, asked: Places) -> None:
+    """The scores of before would be printed for it."""
+    command, model, val = copies(tmp_path)
+    assert test_read.main(command) == 0
+    assert test_read.main(command) == 0 and asked == [0]
+    kept = {folder: tmp_path / f"kept_{folder.name}" for folder in (model, val, tmp_path / "tower")}
+    for folder, copy in kept.items():
+        shutil.copytree(folder, copy)
+    for name, (change, words) in INPUTS.items():
+        change(model, val)
+        with pytest.raises(SystemExit, match=f"under other settings.*{words}") as error:
+            test_read.main(command)
+        assert error.value.code == 2, name
+        for folder, copy in kept.items():
+            shutil.copytree(copy, folder, dirs_exist_ok=True)
+    assert test_read.main(command) == 0 and asked == [0]  # all is as it was, and nothing was lost
+
+
+def test_results_of_other_data_sets_stay(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of the same settings stand together; --overwrite measures its own anew; under other settings nothing is dropped."""
+    def rows() -> list[str]:
+        return [row["dataset"] for row in json.loads((tmp_path / "results.json").read_text())["results"]]
+
+    few = ("--limit", "1")
+    assert test_read.main(line(data, tmp_path, "--data", "refcoco|val", *few)) == 0
+    assert test_read.main(line(data, tmp_path, "--data", "ReasonSeg|val", *few)) == 0
+    assert rows() == ["refcoco", "ReasonSeg"]
+    assert "(beside refcoco|val of an earlier command)" in capsys.readouterr().out
+    assert test_read.main(line(data, tmp_path, "--data", "refcoco|val", *few, "--overwrite")) == 0
+    assert rows() == ["ReasonSeg", "refcoco"] and (tmp_path / "predictions_ReasonSeg_val.jsonl").exists()
+    before = (tmp_path / "results.json").read_bytes()
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit, match=r"holds ReasonSeg\|val under other settings: choose .*limit 1 then, 2 now"):
+            test_read.main(line(data, tmp_path, "--data", "refcoco|val", "--limit", "2", *more))
+    assert (tmp_path / "results.json").read_bytes() == before
+    (tmp_path / "results.json").write_text('{"mine": 1}')
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit, match="results.json is no result of test_read.py.*move it away"):
+            test_read.main(line(data, tmp_path, "--data", "refcoco|val", *few, *more))
+    assert (tmp_path / "results.json").read_text() == '{"mine": 1}'
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused before the model is loaded."""
+    monkeypatch.setattr(test_read, "load_model", lambda *_: pytest.fail("the model was loaded"))
+
+
+def in_the_way(tmp_path: Path) -> dict[str, tuple[Path, str]]:
+    """Name -> (--out, words): what is there and is not this program's."""
+    thesis, file, link = tmp_path / "thesis", tmp_path / "file", tmp_path / "link"
+    thesis.mkdir()
+    (thesis / "results.json").write_text('{"mine": 1}')
+    file.write_text("mine")
+    link.symlink_to(tmp_path / "nowhere")
+    OutputFolder(tmp_path / "run", "train").mark()
+    (tmp_path / "run/log.jsonl").write_text("mine")
+    return {
+        "a foreign folder": (thesis, r"thesis holds something that this command did not write \(results.json\)"),
+        "a training run": (tmp_path / "run", "run holds something that this command did not write"),
+        "a file": (file, "file is a file: choose a folder"),
+        "below a file": (file / "x", "--out .*file/x cannot be made"),
+        "a dangling link": (link, "link is a link to .*nowhere, which does not exist"),
+        "no place": (Path("/proc/nowhere"), "--out /proc/nowhere cannot be made"),
+        "a long name": (tmp_path / ("x" * 300), "too long"),
+        "the data": (tmp_path / "data", "data holds something that this command did not write|which --dataset_dir reads"),
+        "above the data": (tmp_path, "which --dataset_dir reads"),
+    }
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_an_out_that_is_not_this_programs_is_refused_and_stays(tmp_path: Path, no_model: None, more: list[str]) -> None:
+    write_reason_seg(tmp_path / "data", {"val": 1})
+    for out, words in in_the_way(tmp_path).values():
+        before = sorted(str(path) for path in tmp_path.rglob("*"))
+        with pytest.raises(SystemExit, match=words) as error:
+            test_read.main([*line(tmp_path / "data", out), *more])
+        assert error.value.code == 2 and "\n" not in str(error.value)
+        assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    assert (tmp_path / "thesis/results.json").read_text() == '{"mine": 1}' and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_cache_that_is_a_file_is_named(tmp_path: Path, no_model: None) -> None:
+    write_reason_seg(tmp_path / "data", {"val": 1})
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match="--cache_dir .*file cannot be made .File exists.: choose another folder"):
+        test_read.main([*line(tmp_path / "data", tmp_path / "out"), "--cache_dir", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize("tokens", ["4096", "100000", "9" * 30])
+def test_answers_beyond_the_positions_are_refused_before_anything_is_read(tmp_path: Path, no_model: None, tokens: str) -> None:
+    """Not even the data, which is not there."""
+    with pytest.raises(SystemExit, match=f"--max_new_tokens {tokens} leaves no room for a question: the model holds") as error:
+        test_read.main([*line(tmp_path / "nowhere", tmp_path / "out"), "--protocol", "generate", "--max_new_tokens", tokens])
+    assert error.value.code == 2 and not (tmp_path / "out").exists()
+
+
+def test_answers_beyond_the_positions_are_refused_by_evaluate(tiny: tuple) -> None:
+    """What an image takes is known there, whatever the layout of the checkpoint."""
+    model, processor = tiny
+    positions, patches = model.config.llava.text_config.max_position_embeddings, model.config.num_patches
+    with pytest.raises(ValueError, match=f"give less than {positions - patches}"):
+        evaluate(model, processor, [], protocol="generate", max_new_tokens=positions - patches)
+
+
+def test_sigterm_ends_with_one_line_and_what_is_measured_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_reason_seg(tmp_path / "data", {"val": 3})
+    real, calls = evaluation._Answerer.__call__, []
+
+    def call(self, index, batch):
+        calls.append(index)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, index, batch)
+
+    monkeypatch.setattr(evaluation._Answerer, "__call__", call)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as error:
+        test_read.main(line(tmp_path / "data", tmp_path / "out"))
+    assert error.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert "test_read.py: stopped; the same command goes on after the last whole image" in capsys.readouterr().err
+    assert test_read.main(line(tmp_path / "data", tmp_path / "out")) == 0
+    assert calls == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_evaluation_into_the_same_folder_is_told_who_holds_it(tmp_path: Path, processes: int) -> None:
+    """At once, on all its processes, with one line; the holder, this process, is not disturbed."""
+    write_reason_seg(tmp_path / "data", {"val": 1})
+    command = [str(ROOT / "test_read.py"), *line(tmp_path / "data", tmp_path / "out")]
+    if processes > 1:
+        launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29719"]
+        command = ["-m", *launcher, *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    with OutputFolder(tmp_path / "out", "evaluate").lock():
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+    told = [text for text in done.stderr.splitlines() if text.startswith("test_read.py:")]
+    assert len(told) == 1 and f"is being written by another process (process {os.getpid()} on" in told[0]
+    assert done.returncode == (2 if processes == 1 else 1)  # torchrun has a status of its own
+    assert "model loaded" not in done.stdout and not (tmp_path / "out/results.json").exists()
+    assert test_read.main(line(tmp_path / "data", tmp_path / "out")) == 0
+
+
 def entry(image: int, question: int, **more: object) -> dict:
     """A record with the fields that it must have."""
     mask = encode_mask(np.eye(3))
@@ -316,20 +504,16 @@ def test_log_of_any_number_of_processes(tmp_path: Path) -> None:
     last.add(0, [entry(0, 0)])
     last.add(2, [])  # an image without questions
     last.rank = 0  # the first process joins
-    last.close([{"image_index": 5, "error": "torn"}], images_asked=6)
+    last.close([{"image_index": 4, "error": "torn"}], images_asked=5)
     assert [(r["image_index"], r["question_index"]) for r in map(json.loads, path.read_text().splitlines())] == [
         (0, 0), (1, 0), (1, 1), (3, 0), (3, 1),
     ]  # fmt: skip
     assert sorted(file.name for file in tmp_path.iterdir()) == ["p.jsonl", "p.jsonl.settings.json"]
-    with pytest.raises(ValueError, match="1 image missing, the first one is image 4"):
-        PredictionLog(path, settings)
-    beside = path.with_name("p.jsonl.settings.json")
-    beside.write_text(beside.read_text().replace('"images_asked": 6', '"images_asked": 4'))
     again = PredictionLog(path, settings)
     assert again.done == {0, 1, 2, 3} and len(again.taken_over[3]) == 2
-    again.add(5, [entry(5, 0)])
+    again.add(4, [entry(4, 0)])
     again.close()
-    assert [json.loads(text)["image_index"] for text in path.read_text().splitlines()] == [0, 1, 1, 3, 3, 5]
+    assert [json.loads(text)["image_index"] for text in path.read_text().splitlines()] == [0, 1, 1, 3, 3, 4]
     path.with_name("p.jsonl.part7").write_text('{"settings": {"a": [1, 2]}}\n{"image_in\n')
     with pytest.raises(ValueError, match="p.jsonl.part7, line 2 is damaged"):
         PredictionLog(path, settings)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from tiny_training import ROOT
@@ -11,7 +12,9 @@ from tiny_training import ROOT
 from model import READConfig
 from model.checkpoint import fingerprint
 from utils.args import TrainArgs
+from utils.metrics import summarize
 from utils.model_card import main
+from utils.predictions import encode_mask, expressions
 
 BASE = ROOT / "assets/read-mini-base"
 WEIGHTS = fingerprint(str(BASE))
@@ -89,6 +92,55 @@ def test_scores_of_other_weights_are_refused(model, tmp_path):
     with pytest.raises(SystemExit, match="other weights"):
         main([str(model), "--results", evaluation(tmp_path / "one", weights="0" * 32)])
     assert not (model / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text[:-30], r"line 2 is no JSON"),
+        (lambda text: text + text, r"line 3: image 0, question 0 is there twice"),
+        (lambda text: text.splitlines()[0] + "\n", "does not give the scores of refcoco.testA"),
+        (lambda text: text.replace('"counts": "', '"counts": "o'), "line 1, mask: an RLE is damaged"),
+    ],
+    ids=["torn", "doubled", "short", "a mask"],
+)
+def test_predictions_that_do_not_give_the_scores_are_named(model, tmp_path, change, words):
+    masks = [encode_mask(np.eye(4)), encode_mask(np.ones((4, 4)))]
+    records = [
+        {"image_index": n, "question_index": 0, "image": "a", "question": "a", "answer": "a", "exists": True,
+         "predicted_exists": True, "mask": masks[n], "target": masks[1]}
+        for n in (0, 1)
+    ]  # fmt: skip
+    scores = summarize(expressions(records), generated=False, resamples=0)
+    row = {"dataset": "refcoco", "split": "testA", "giou": scores["giou"], "ciou": scores["ciou"], "see": None, "failed": []}
+    folder = evaluation(tmp_path / "one", results=[row])
+    file = tmp_path / "one/predictions_refcoco_testA.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    main([str(model), "--results", folder])
+    file.write_text(change(file.read_text()))
+    with pytest.raises(SystemExit, match=rf"predictions_refcoco_testA.jsonl.*{words}"):
+        main([str(model), "--results", folder, "--overwrite"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"run": 5}', '{"run": "x", "checkpoint": "x", "base": null}'])
+def test_a_damaged_record_of_merging_is_named(model, content):
+    (model / "merged_from.json").write_text(content)
+    with pytest.raises(SystemExit, match="merged_from.json"):
+        main([str(model)])
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", '{"model_type": 3}'])
+def test_a_damaged_config_is_named(model, content):
+    (model / "config.json").write_text(content)
+    with pytest.raises(SystemExit, match="config.json"):
+        main([str(model)])
+
+
+@pytest.mark.parametrize("missing", ["version", "checkpoint", "protocol", "command", "templates"])
+def test_results_that_do_not_say_how_they_were_made_are_named(model, tmp_path, missing):
+    folder = evaluation(tmp_path / "one", **{missing: None})
+    with pytest.raises(SystemExit, match=f"results.json lacks {missing}"):
+        main([str(model), "--results", folder])
 
 
 def test_a_card_of_this_program_stays_unless_asked(model):

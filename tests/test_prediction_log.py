@@ -283,7 +283,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
         pytest.skip("no /dev/full here")
     log = PredictionLog(tmp_path / "p.jsonl", SETTINGS)
     log._file.close()
-    log._file = open("/dev/full", "a")  # noqa: SIM115
+    log._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
     with pytest.raises(OSError, match="No space left on device; the same command goes on") as error:
         log.add(0, [entry(0, 0)])
     assert error.value.filename == "/dev/full"

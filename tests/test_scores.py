@@ -10,7 +10,7 @@ from test_predictions import record, two_shares, write_released
 
 from utils.metrics import summarize
 from utils.predictions import encode_mask, expressions, read_released
-from utils.scores import differences, recompute, table
+from utils.scores import differences, read_results, recompute, table
 
 # ------------------------------------------------------------------------------------------------ table
 
@@ -186,3 +186,50 @@ def test_nothing_to_count(tmp_path):
     (tmp_path / "predictions_x_val.jsonl").write_text(json.dumps(record(mask, mask) | {"target": encode_mask(mask[:2])}))
     with pytest.raises(ValueError, match="target 2 x 3"):
         recompute([tmp_path / "predictions_x_val.jsonl"], protocol="forced")
+
+
+# ------------------------------------------------------------------------------------------------ results.json
+
+
+ROW = {"dataset": "refcoco", "split": "val", "giou": 0.5, "ciou": 0.4, "see": None, "images": 3, "failed": []}
+WRONG_RESULTS = {
+    "a list": ([], "must be a JSON object"),
+    "no results": ({"protocol": "forced"}, "results: must be a list, found None"),
+    "results an object": ({"results": {"a": 1}}, "results: must be a list"),
+    "a row of text": ({"results": ["refcoco"]}, r"results\[0\]: must be a JSON object"),
+    "a row null": ({"results": [ROW, None]}, r"results\[1\]: must be a JSON object"),
+    "no split": ({"results": [{"dataset": "refcoco"}]}, r"results\[0\], split: must be text, found None"),
+    "a dataset of numbers": ({"results": [ROW | {"dataset": 5}]}, r"results\[0\], dataset: must be text, found 5"),
+    "a score as text": ({"results": [ROW | {"giou": "0.5"}]}, r"results\[0\], giou: must be a number from 0 to 1"),
+    "a score of 50": ({"results": [ROW | {"ciou": 50}]}, r"ciou: must be a number from 0 to 1"),
+    "a score NaN": ({"results": [ROW | {"giou": float("nan")}]}, r"giou: must be a number"),
+    "a score true": ({"results": [ROW | {"see": True}]}, r"see: must be a number"),
+    "images as text": ({"results": [ROW | {"images": "3"}]}, r"images: must be a number"),
+    "failures a number": ({"results": [ROW | {"failed": 2}]}, r"failed: must be a list"),
+    "a row twice": ({"results": [ROW, ROW]}, r"results\[1\]: refcoco\|val is there twice"),
+    "sasp a list": ({"results": [ROW], "sasp": [1]}, r"sasp: found \[1\]"),
+    "protocol a number": ({"results": [ROW], "protocol": 1}, "protocol: found 1"),
+    "limit as text": ({"results": [ROW], "limit": "4"}, "limit: found '4'"),
+    "version a list": ({"results": [ROW], "version": ["a"]}, "version: found"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RESULTS)
+def test_results_of_another_kind_are_named(tmp_path, case):
+    content, words = WRONG_RESULTS[case]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"results\.json is no result of test_read\.py: .*{words}"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"<html>", b"[" * 10**5])
+def test_results_that_are_no_json_are_named(tmp_path, content):
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"results\.json is no result of test_read\.py"):
+        read_results(tmp_path)
+
+
+def test_an_empty_file_has_no_scores(tmp_path):
+    (tmp_path / "predictions_x_val.jsonl").touch()
+    with pytest.raises(ValueError, match="predictions_x_val.jsonl is empty"):
+        recompute([tmp_path], protocol="forced")

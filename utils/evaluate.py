@@ -205,20 +205,22 @@ def evaluate(
     }
 
 
-def check_answer_length(max_new_tokens: int, positions: int, num_patches: int) -> None:
+def check_answer_length(max_new_tokens: int, positions: int, num_patches: int | None) -> None:
     """Refuses answers that leave no room for a prompt.
 
     Args:
         positions: most tokens of the language model, those of prompt, image and answer together.
-        num_patches: tokens of an image.
+        num_patches: tokens of an image, None if that is not known.
 
     Raises:
         ValueError: with the longest answer that leaves room.
     """
-    if max_new_tokens + num_patches >= positions:
+    room = positions - (num_patches or 0)
+    if max_new_tokens >= room:
+        image = "" if num_patches is None else f", {num_patches} of them for an image"
         raise ValueError(
-            f"--max_new_tokens {max_new_tokens} leaves no room for a question: the model holds {positions} tokens, of which an "
-            f"image takes {num_patches}; give less than {positions - num_patches}, and leave some for the question"
+            f"--max_new_tokens {max_new_tokens} leaves no room for a question: the model holds {positions} tokens{image}; give "
+            f"less than {room}, by as many as a question has"
         )
 
 

@@ -123,9 +123,9 @@ class OutputFolder:
         """
         own = self.path.resolve()
         for flag, given in self.inputs.items():
-            if given is None or not Path(given).expanduser().exists():
+            if given is None or not os.path.exists(os.path.expanduser(given)):  # nor ~ of an unknown user
                 continue
-            source = Path(given).expanduser().resolve()
+            source = Path(os.path.expanduser(given)).resolve()
             if source == own or source.is_relative_to(own):
                 raise NotOursError(f"{self.path} is or holds {given}, which {flag} reads: choose another folder for the output")
 
