@@ -492,7 +492,7 @@ def finish(folder: Path, dataset: str) -> Path:
         "settings": {"dataset": dataset, "split": "val"}, "failed": [], "images_asked": images, "records": len(lines),
         "hash": hash_of_lines(lines), "without_questions": [], "replaces": None,
     }  # fmt: skip
-    Path(f"{file}.settings.json").write_text(json.dumps(about))
+    Path(f"{file}.settings.json").write_text(json.dumps(about), encoding="utf-8")
     return file
 
 

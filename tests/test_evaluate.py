@@ -304,7 +304,7 @@ def copies(tmp_path: Path) -> tuple[list[str], Path, Path]:
 
 
 def change_json(file: Path, **fields: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | fields), encoding="utf-8")
 
 
 def change_weights(model: Path) -> None:
