@@ -57,12 +57,12 @@ def files_of(member: Drawable) -> Iterator[Path]:
         yield from (member.refer.image_dir / image.file_name for image in member.pictures)
     elif isinstance(member, VqaTraining):
         yield member.file
-        yield from (member.image_dir / Path(str(item.get("image"))).name for item in member.items if isinstance(item, dict))
+        yield from (member.image_dir / dialogue.image for dialogue in member.dialogues)
     elif isinstance(member, SemSegTraining) and isinstance(member.source, LabelMaps):
         yield from _flat(member.source.pairs)
     elif isinstance(member, SemSegTraining):
         yield member.source.file
-        yield from (member.source.image_dir / member.source.coco.imgs[i]["file_name"] for i in member.source.images)
+        yield from (member.source.image_dir / image["file_name"].replace("\\", "/") for image in member.source.images)
     elif isinstance(member, OwnTraining):
         root = Path(member.name).expanduser()
         yield from sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]

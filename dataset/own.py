@@ -72,12 +72,13 @@ from PIL import Image
 from utils.content import content_name
 from utils.conversation import text_faults
 from utils.files import parse_json, read_json, read_text, shown, whole_number
-from utils.image import read_image
+from utils.image import open_stored, read_image
+from utils.rle import MAX_PIXELS
 
 from . import templates
 from .draw import choose, pick
 from .reason_seg import FAR, IGNORE, TRUE_SHARE, draw_mask, outline, question, read_annotation
-from .refer_api import MAX_PIXELS, draw_segmentation, id_faults, image_name, image_size, is_id
+from .refer_api import draw_segmentation, id_faults, image_name, image_size, is_id
 from .sem_seg import MODE_SHARES
 from .types import Sample
 
@@ -297,9 +298,9 @@ def read_mask(file: Path, height: int = 0, width: int = 0) -> np.ndarray:
         ValueError: it cannot be read, or is 0 everywhere; the message names it.
     """
     try:
-        with Image.open(file) as image:
+        with open_stored(file) as image:
             mask = _not_zero(image)
-    except BAD_IMAGE as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as a mask: {error}") from error
     if not mask.any():
         raise ValueError(f"{file} is 0 everywhere: leave the cell `mask` empty if the thing is not there")

@@ -23,6 +23,7 @@ from pycocotools import mask as coco_mask
 
 from utils.conversation import text_faults
 from utils.files import as_object, read_bytes, read_json, shown, whole_number
+from utils.rle import MAX_PIXELS, checked
 
 from .reason_seg import FAR
 
@@ -35,8 +36,6 @@ SPLIT_BY = {
     **dict.fromkeys(("fprefcoco", "fprefcoco+", "fprefcocog"), "berkeley_exclude_unified"),
 }
 """Which file of splits each data set uses; `exclude_unified` has no training picture of any family's val or test."""
-MAX_PIXELS = 10**9
-"""No image may be said to have more: masks of that size are allocated."""
 MAX_OUTLINE = 2 * 10**6
 """Pixels. Drawing a polygon takes time and memory in proportion to its outline, also where it is outside of the image."""
 
@@ -271,29 +270,10 @@ def draw_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
 def _rle(part: Any, height: int, width: int) -> dict[str, Any] | None:
     """Compressed RLE of a polygon, of an uncompressed RLE or of itself; None if it covers nothing.
 
-    pycocotools trusts what it gets: a polygon with NaN takes all memory and ends the process, an RLE that is too short goes
-    on with whatever lies in memory. So both are looked at first.
+    pycocotools trusts what it gets: a polygon with NaN takes all memory and ends the process. So it is looked at first.
     """
     if isinstance(part, dict):
-        for name in ("size", "counts"):
-            if name not in part:
-                raise ValueError(f"an RLE lacks the field {name!r}")
-        size, counts = part["size"], part["counts"]
-        if not isinstance(size, list | tuple) or len(size) != 2:
-            raise ValueError(f"an RLE cannot be read: size must be [height, width], found {shown(size)}")
-        if not isinstance(counts, list | str | bytes):
-            raise ValueError(f"an RLE cannot be read: counts must be a list of numbers or text, found {shown(counts)}")
-        try:
-            size = [whole_number(side, "size") for side in size]
-            # A negative run is whole, and damaged.
-            runs = [whole_number(run, "counts", -(10**9)) for run in counts] if isinstance(counts, list) else _runs(counts)
-        except ValueError as error:
-            raise ValueError(f"an RLE cannot be read: {error}") from error
-        if size != [height, width]:
-            raise ValueError(f"an RLE is for {' x '.join(map(str, size))} pixels, the picture has {height} x {width}")
-        if min(runs, default=0) < 0 or sum(runs) != height * width:
-            raise ValueError(f"an RLE is damaged: its runs have {sum(runs)} pixels, the picture {height} x {width}")
-        return coco_mask.frPyObjects({"size": size, "counts": runs}, height, width)
+        return checked(part, (height, width))
     try:
         if isinstance(part, list) and not {str, bool}.isdisjoint(map(type, part)):  # NumPy would make numbers of "8" and true
             raise ValueError(f"found {shown(part)}")
@@ -311,27 +291,6 @@ def _rle(part: Any, height: int, width: int) -> dict[str, Any] | None:
     if outline > MAX_OUTLINE:
         raise ValueError(f"a polygon has an outline of {outline:.0f} pixels: no more than {MAX_OUTLINE} are drawn")
     return coco_mask.merge(coco_mask.frPyObjects([points.tolist()], height, width))
-
-
-def _runs(counts: str | bytes) -> list[int]:
-    """Lengths of the runs in a compressed RLE: 5 bits a character, lowest first, each but the first three as the difference
-    to the one before the last."""
-    runs: list[int] = []
-    value = shift = 0
-    for byte in counts.encode("ascii") if isinstance(counts, str) else counts:
-        bits = byte - 48
-        if not 0 <= bits < 64 or shift > 60:  # the latter would take ever longer
-            raise ValueError("its counts are no compressed runs")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError("its last run is cut short")
-    return runs
 
 
 def _in_split(of_ref: str, wanted: str) -> bool:

@@ -7,8 +7,6 @@ annotation is a mask of its own. A sample asks for what is there, or for what is
 from __future__ import annotations
 
 import logging
-import struct
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from utils.conversation import text_faults
 from utils.files import as_object, read_object, read_text, shown, whole_number
-from utils.image import read_image
+from utils.image import open_stored, read_image
 
 from . import templates
 from .draw import choose, pick
@@ -80,11 +77,9 @@ class LabelMaps:
                 message names it.
         """
         try:
-            with Image.open(file) as image:
+            with open_stored(file) as image:
                 stored = np.array(image)  # of a palette PNG the numbers, as Mapillary has them; cv2 gives the colours
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        except ValueError as error:
             raise ValueError(f"{file} cannot be read as a label map: {error}") from error
         if stored.ndim != 2 or stored.dtype.kind not in "uib":
             raise ValueError(f"{file} is no label map: it has colours or fractions, not one whole number a pixel")
