@@ -27,7 +27,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, IMAGE_LIMIT, add_model_flags, load_model, plain_errors, positive
+from utils.cli import DEFAULT_MODEL, add_model_flags, limit_images, load_model, plain_errors, positive
 
 if TYPE_CHECKING:
     from utils.page.desk import Limits
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(options.max_megapixels * 1_000_000)
-        os.environ[IMAGE_LIMIT] = str(options.max_megapixels)
+        limit_images(options.max_megapixels)
         try:
             listener = listen(options.host, options.port)
         except OSError as error:

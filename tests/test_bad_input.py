@@ -389,6 +389,13 @@ def tiff(array, bits=8, bands=1, meaning=1, numbers=1, **more):
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + array.tobytes()
 
 
+def stack(array):
+    """A TIFF as tifffile writes an array (pages, height, bands): the first page, and a description."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "TIFF", description=f'{{"shape": [300, {array.shape[0]}, {array.shape[1]}]}}')
+    return buffer.getvalue()
+
+
 NO_COLOURS = {
     "floating point": (tiff(PHOTO[..., 0].astype("<f4") / 255, 32, numbers=3), "TIFF of 1 band of 32 bits, floating-point"),
     "half floating point": (tiff(PHOTO[..., 0].astype("<f2") / 255, 16, numbers=3), "TIFF of 1 band of 16 bits, floating-point"),
@@ -399,6 +406,7 @@ NO_COLOURS = {
     "five bands": (tiff(np.dstack([PHOTO, PHOTO[..., :2]]), bands=5, meaning=2), "TIFF of 5 bands of 8 bits"),
     "three bands that are no RGB": (tiff(PHOTO, bands=3), "TIFF of 3 bands of 8 bits whose tags do not say"),
     "Lab": (tiff(PHOTO, bands=3, meaning=8), "photometric interpretation 8"),
+    "five bands along the rows": (stack(PHOTO[:, :5, 0]), "stores the bands of an array"),
     "a camera's raw file": (tiff(PHOTO, bands=3, meaning=2, _254=1), "begins with a preview"),
     "PIL's float": (bytes_of("TIFF", mode="F"), "TIFF of 1 band of 32 bits, floating-point"),
     "PIL's int": (bytes_of("TIFF", mode="I"), "TIFF of 1 band of 32 bits"),
@@ -426,6 +434,16 @@ def test_tiff_of_usual_tags_is_read():
     assert np.array_equal(decode_image(tiff(PHOTO[..., 0], meaning=0), "a"), 255 - grey)
     infrared = np.dstack([PHOTO, PHOTO[..., 0]])
     assert np.array_equal(decode_image(tiff(infrared, bands=4, meaning=2, _338=0), "a"), PHOTO)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_an_image_of_16_bits_that_is_nearly_black_is_said_to_be(tmp_path, caplog, kind):
+    """12 bits in 16: the pixels stay as the original read them, but not without a word, and with one for each image."""
+    deep(DEEP)(tmp_path / f"bright.{kind}")
+    deep(DEEP >> 4)(tmp_path / f"dark.{kind}")
+    for name in ("bright", "dark", "dark"):
+        read_image(tmp_path / f"{name}.{kind}")
+    assert [f"dark.{kind} has 16 bits and is nearly black" in record.message for record in caplog.records] == [True]
 
 
 def test_alpha_of_a_tiff_is_dropped_too(tmp_path):

@@ -61,6 +61,11 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def limit_images(megapixels: int) -> None:
+    """Images of more than so many million pixels are not read, here and in processes that are started from now on."""
+    os.environ[IMAGE_LIMIT] = str(megapixels)
+
+
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
     number = int(text)
@@ -72,7 +77,7 @@ def positive(text: str) -> int:
 class _SetImageLimit(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
         setattr(namespace, self.dest, values)
-        os.environ[IMAGE_LIMIT] = str(values)  # workers and ranks inherit it
+        limit_images(values)
 
 
 def load_model(options: argparse.Namespace, device: Any) -> tuple[READForCausalLM, READProcessor]:

@@ -11,7 +11,9 @@ allocate what a header asks for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import logging
 import math
 import os
 import re
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
 
+log = logging.getLogger(__name__)
+
+DARK = 64
+"""Of 255. An image of 16 bits without a brighter pixel is said to be dark: it may hold 12 bits or 14."""
 SLIM = 32
 """A picture is slim if one side is more than this many times the other: then only what CLIP sees of it is enlarged, here, for
 SasP's map and for the similarity loss. Of all others every number is the original's."""
@@ -92,7 +98,17 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         raise ValueError(f"{name} cannot be read: it is damaged, or a {header.kind} of a kind to convert to JPEG or PNG first")
     if sorted(image.shape[:2]) != sorted((header.width, header.height)):
         raise ValueError(f"{name} is damaged: it has {image.shape[1]} x {image.shape[0]} pixels, its header says {header.size}")
+    if header.deep and image.max() < DARK:
+        _warn_of_the_dark(name, int(image.max()))
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+@functools.lru_cache(maxsize=4096)  # once for each image
+def _warn_of_the_dark(name: str, brightest: int) -> None:
+    log.warning(
+        "%s has 16 bits and is nearly black, its brightest value is %d of 255: if its numbers end at 4095 or so, as those of "
+        "many cameras do, stretch them to 65535 first", name, brightest,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -119,12 +135,12 @@ def _content(path: str | Path) -> bytes:
 @contextlib.contextmanager
 def _silent_opencv() -> Iterator[None]:
     """OpenCV's log is off for the length of a block: what it says of a file is said here, in one line with the file's name."""
-    logging = cv2.utils.logging
-    before = logging.setLogLevel(logging.LOG_LEVEL_SILENT)
+    opencv = cv2.utils.logging
+    before = opencv.setLogLevel(opencv.LOG_LEVEL_SILENT)
     try:
         yield
     finally:
-        logging.setLogLevel(before)
+        opencv.setLogLevel(before)
 
 
 @contextlib.contextmanager
@@ -172,6 +188,8 @@ HARMLESS = "(?i)colo|subsampl|precision|progression|Invalid SOS parameters"
 """Words of libjpeg's messages about files that are odd, not damaged; if it cannot decode them, OpenCV's cannot either."""
 PADDING = 64
 """Bytes without meaning that may stand in front of a JPEG's end mark."""
+STACK = re.compile(r'\{"shape": \[\d+, \d+, (\d+)\]')
+"""How the description of a TIFF by tifffile begins that holds a three-dimensional array, a page for each of its first indices."""
 TIFF_BANDS = {0: 2, 1: 2, 2: 4, 3: 1, 5: 4, 6: 3}
 """How many bands a TIFF may have, by its photometric interpretation: grey from white, grey, RGB, palette, CMYK, YCbCr."""
 
@@ -187,6 +205,8 @@ class Header:
     height: int
     no_colours: str = ""
     """Why its numbers have no one meaning as colours, if so."""
+    deep: bool = False
+    """It has 16 bits a number."""
     by_pillow: bool = False
     """OpenCV's pixels would be wrong: it does not turn AVIF, and blends TIFF with black where it is transparent."""
 
@@ -253,7 +273,7 @@ def _look(data: bytes, kind: str) -> Header:
         case "JPEG":
             return Header(kind, *_jpeg_parts(data)[0])
         case "PNG":
-            return Header(kind, *struct.unpack_from(">II", data, 16))
+            return Header(kind, *struct.unpack_from(">II", data, 16), deep=data[24] == 16)
         case "GIF":
             return Header(kind, *struct.unpack_from("<HH", data, 6))
         case "SUN":
@@ -272,7 +292,8 @@ def _look(data: bytes, kind: str) -> Header:
         case "PPM":
             number, width, height, most = PPM_HEADER.match(data).groups()
             odd = number in b"2356" and int(most) not in (255, 65535)
-            return Header(kind, int(width), int(height), f"has a maximum of {int(most)} instead of 255 or 65535" if odd else "")
+            fault = f"has a maximum of {int(most)} instead of 255 or 65535" if odd else ""
+            return Header(kind, int(width), int(height), fault, deep=most == b"65535")
         case "JPEG2000":
             place = data.index(b"\xff\x4f\xff\x51")  # what its box says does not count, this is decoded
             right, below, left, above = struct.unpack_from(">IIII", data, place + 8)
@@ -301,7 +322,9 @@ def _look_at_tiff(data: bytes) -> Header:
         fault = f"{found} whose tags do not say that they are grey, RGB, CMYK or YCbCr (photometric interpretation {meaning})"
     elif tags.get(254, 0) & 1:
         fault = "begins with a preview, as raw files of cameras do"
-    return Header("TIFF", tags[256], tags[257], fault, by_pillow=2 in extra and meaning == 2)
+    elif (stack := STACK.match(str(tags.get(270, "")))) and int(stack[1]) == tags[256] < 16 and bands == 1:
+        fault = f"stores the bands of an array, {stack[0]}, along its rows"
+    return Header("TIFF", tags[256], tags[257], fault, deep=bits == {16}, by_pillow=2 in extra and meaning == 2)
 
 
 # ------------------------------------------------------------------------------------------------ whole or not
