@@ -222,6 +222,7 @@ def build_model(args: TrainArgs, world: World, log: RunLog) -> tuple[READForCaus
     )
     args.configure(model.config)
     processor = READProcessor.from_pretrained(args.version, **args.processor(model.config))
+    processor.check(model.config, args.version)
     if args.model_max_length < model.config.num_patches + 100:
         raise ValueError(
             f"--model_max_length {args.model_max_length} is too short: system prompt and picture alone take "

@@ -136,7 +136,9 @@ class READPredictor:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         model = READForCausalLM.from_pretrained(path, dtype=dtype, **options).requires_grad_(False).to(device)
-        return cls(model, READProcessor.from_pretrained(path, vision_tower=options.get("vision_tower")))
+        processor = READProcessor.from_pretrained(path, vision_tower=options.get("vision_tower"))
+        processor.check(model.config, path)
+        return cls(model, processor)
 
     def ask(
         self,

@@ -352,7 +352,7 @@ def _tensor_digest(item: tuple[str, torch.Tensor]) -> bytes:
     name, tensor = item
     if DERIVED.search(name):
         return b""
-    found = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=20)
+    found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())  # processors have instructions for it
     found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.digest()
 
