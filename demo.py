@@ -73,9 +73,10 @@ def run(options: argparse.Namespace) -> int:
     prompts = [decoded(prompt) for prompt in options.prompt or []]
     for prompt in prompts:
         check_question(prompt, "--prompt: ")
-    image = read_image(options.image) if options.image else None
+    image = read_image(options.image) if options.image is not None else None
     check_writable(Path(options.vis_save_path), "--vis_save_path")
-    check_max_new_tokens(options.version or DEFAULT_MODEL, options.max_new_tokens, options.vision_tower)
+    version = DEFAULT_MODEL if options.version is None else options.version
+    check_max_new_tokens(version, options.max_new_tokens, options.vision_tower)
     demo = Demo(options)
     if image is None or not prompts:
         return chat(demo, options.image, image, prompts)
@@ -152,7 +153,7 @@ class Demo:
         from model import READPredictor
 
         self.options = options
-        self.version = options.version or DEFAULT_MODEL
+        self.version = DEFAULT_MODEL if options.version is None else options.version
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.predictor = READPredictor(*load_model(options, device), options.conv_type)
         self.turns: Turns = []

@@ -85,6 +85,30 @@ def test_a_file_in_the_way_is_named(tmp_path):
         OutputFolder(tmp_path / "x", "train").check(True)
 
 
+def test_a_file_in_the_way_of_a_parent_is_named(tmp_path):
+    (tmp_path / "x").write_text("mine", encoding="utf-8")
+    with pytest.raises(NotADirectoryError, match="x is a file, so that .*x/y/z cannot be made"):
+        OutputFolder(tmp_path / "x/y/z", "train").check(True)
+
+
+def test_a_replacement_keeps_what_lies_beside_own_files_in_a_folder(tmp_path):
+    folder = made(tmp_path / "x", "analysis")
+    (folder.path / "pictures").mkdir()
+    for name in ("a_00000_00_0_sam.jpg", "mine.jpg", "both.txt"):
+        (folder.path / "pictures" / name).write_text("old", encoding="utf-8")
+    with folder.replacement() as new:
+        (new / "pictures").mkdir()
+        (new / "pictures/a_00000_00_0_clip.jpg").write_text("new", encoding="utf-8")
+    assert sorted(path.name for path in (tmp_path / "x/pictures").iterdir()) == ["a_00000_00_0_clip.jpg", "both.txt", "mine.jpg"]
+
+
+def test_of_two_files_of_one_name_neither_is_lost(tmp_path):
+    folder = made(tmp_path / "x", "analysis", notes__txt="mine")
+    with pytest.raises(FileExistsError, match="notes.txt could not be moved"), folder.replacement() as new:
+        (new / "notes.txt").write_text("new", encoding="utf-8")
+    assert sorted(path.read_text(encoding="utf-8") for path in tmp_path.rglob("notes.txt")) == ["mine", "new"]
+
+
 def test_a_replacement_takes_the_place_when_it_is_whole(tmp_path):
     folder = made(tmp_path / "x", "merge", config__json="old", notes__txt="mine")
     with folder.replacement() as new:

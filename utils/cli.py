@@ -89,7 +89,7 @@ def load_model(options: argparse.Namespace, device: Any) -> tuple[READForCausalL
     from model import READForCausalLM, READProcessor, quantize_language_model
     from model.checkpoint import note_on_points
 
-    version = options.version or DEFAULT_MODEL
+    version = DEFAULT_MODEL if options.version is None else options.version  # "" is a mistake, not the default
     processor = READProcessor.from_pretrained(version, vision_tower=options.vision_tower)
     model = READForCausalLM.from_pretrained(
         version,

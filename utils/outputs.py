@@ -104,6 +104,8 @@ class OutputFolder:
             raise NotOursError(f"{self.path} is a link to {os.readlink(self.path)}, which does not exist: choose another folder")
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{self.path} is a file: choose a folder for the output")
+        if in_the_way := next((parent for parent in self.path.parents if parent.exists() and not parent.is_dir()), None):
+            raise NotADirectoryError(f"{in_the_way} is a file, so that {self.path} cannot be made: choose another folder")
         if not self.path.is_dir() or not _entries(self.path):
             return
         if not self.is_own():
