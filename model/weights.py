@@ -151,7 +151,8 @@ def shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(set(names.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{index.parent} is incomplete: {index.name} names {', '.join(missing)}, not there")
+        told = shown(", ".join(missing), limit=300)
+        raise CheckpointError(f"{index.parent} is incomplete: {index.name} names files that are not there: {told}")
     return files
 
 
