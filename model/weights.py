@@ -146,7 +146,7 @@ def shards(index: Path) -> list[Path]:
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index}: weight_map must be an object that names a file for each tensor, found {shown(names)}")
     for key, name in names.items():
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name) or len(name.encode()) > 255:
             raise CheckpointError(f"{index}: {key} must be in a file of the same folder, found {shown(name)}")
     files = [index.parent / name for name in sorted(set(names.values()))]
     missing = [file.name for file in files if not file.is_file()]

@@ -529,7 +529,8 @@ def test_fields_of_other_kinds_are_named(copied, name, changes, words):
     [
         (None, "weight_map must be an object"), ([], "weight_map must be an object"), ({}, "weight_map must be an object"),
         ({"a": 3}, "found 3"), ({"a": None}, "found None"), ({"a": "../x"}, "same folder"), ({"a": "/x"}, "same folder"),
-        ({"a": ".."}, "same folder"), ({"a": "c:\\x"}, "same folder"), ({"a": "gone.bin"}, "names gone.bin, not there"),
+        ({"a": ".."}, "same folder"), ({"a": "c:\\x"}, "same folder"), ({"a": "x" * 256}, "same folder"),
+        ({"a": "gone.bin"}, "names files that are not there: 'gone.bin'"),
     ],
 )  # fmt: skip
 def test_an_index_names_files_of_its_own_folder(copied, weight_map, words):

@@ -43,8 +43,8 @@ def text_faults(text: Any, allowed: Sequence[str] = ()) -> list[str]:
     """
     if not isinstance(text, str):
         return [f"must be text, found {shown(text)}"]
-    if not text.strip():
-        return ["is empty"]
+    if not any(sign.isprintable() and not sign.isspace() for sign in text) and not CONTROL.search(text):
+        return ["is empty"]  # nothing, blanks, or signs without a width
     faults = [f"must not contain {ascii(found[0])}, which is no character of a text"] if (found := CONTROL.search(text)) else []
     # Tokens are found in any case, since expressions are lower-cased and other code bases spell [seg].
     seen = {mark: mark in text if mark.endswith(":") else mark.lower() in text.lower() for mark in RESERVED}
