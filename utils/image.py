@@ -135,12 +135,12 @@ def _content(path: str | Path) -> bytes:
 @contextlib.contextmanager
 def _silent_opencv() -> Iterator[None]:
     """OpenCV's log is off for the length of a block: what it says of a file is said here, in one line with the file's name."""
-    opencv = cv2.utils.logging
-    before = opencv.setLogLevel(opencv.LOG_LEVEL_SILENT)
+    set_level = cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel  # OpenCV 4, 5
+    before = set_level(0)
     try:
         yield
     finally:
-        opencv.setLogLevel(before)
+        set_level(before)
 
 
 @contextlib.contextmanager
