@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -29,7 +28,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from utils.conversation import IMAGE_TOKEN_INDEX
-from utils.files import as_object, read_bytes, shown
+from utils.files import as_object, read_bytes, shown, write_json
 from utils.tokenizer import ADDED_FILE, MODEL_FILE, READ_TOKENS, ReadTokenizer, add_read_tokens, load_tokenizer
 
 from .config import READConfig, SamConfig, SaspConfig
@@ -704,7 +703,7 @@ def save(
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
     else:
-        (folder / "config.json").write_text(json.dumps(released_config(model.config), indent=2) + "\n")
+        write_json(folder / "config.json", released_config(model.config))
     if processor is not None:
         processor.save_pretrained(folder)
 
