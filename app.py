@@ -138,6 +138,7 @@ def build(options: argparse.Namespace) -> Any:
     from utils.page.layout import build as build_page
     from utils.page.layout import style, takes, theme
 
+    hosts = host_names(options.host, options.allowed_hosts)  # quick, unlike what follows
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor = READPredictor(*load_model(options, device), options.conv_type)
     room = predictor.model.config.llava.text_config.max_position_embeddings - predictor.processor.num_patches
@@ -154,7 +155,7 @@ def build(options: argparse.Namespace) -> Any:
     threading.Thread(target=sweep, args=(desk.sessions, tickets), daemon=True).start()
     return Gate(
         app, limits, tickets,
-        hosts=host_names(options.host, options.allowed_hosts), any_address=options.host in EVERYWHERE,
+        hosts=hosts, any_address=options.host in EVERYWHERE,
         takes=functools.partial(takes, page), knows=lambda session: session in page._queue.pending_messages_per_session,
     )  # fmt: skip
 
