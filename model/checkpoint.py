@@ -281,7 +281,7 @@ def _released(
     text = LlamaConfig(**{k: v for k, v in fields.items() if k in names and v is not None})
     text.vocab_size = vocab_size
     text.use_cache = True
-    tower = str(vision_tower or _named_tower(fields))
+    tower = str(vision_tower or _named_tower(fields, folder))
     llava = LlavaConfig(
         vision_config=_clip_config(tower, folder, shapes, explicit=vision_tower is not None),
         text_config=text,
@@ -291,7 +291,7 @@ def _released(
     )
     return READConfig(
         llava=llava,
-        sam=sam_config(sam_shapes),
+        sam=sam_config(sam_shapes, folder),
         sasp=SaspConfig(enabled=trained_as(fields) != "LISA"),
         projector="linear" if "model.mm_projector.weight" in shapes else "mlp2x_gelu",
         seg_token_id=seg,
@@ -456,23 +456,20 @@ def sam_shapes_of(
             else "a READ is trained from it with a SAM file (train_read.py --vision_pretrained sam_vit_h_4b8939.pth)"
         ))  # fmt: skip
     found = read_shapes([_sam_file(sam_checkpoint)])
-    try:
-        infer_sam_config(found)
-    except (ValueError, IndexError, ArithmeticError) as error:
-        raise CheckpointError(f"{sam_checkpoint} is no SAM file such as sam_vit_h_4b8939.pth: {error}") from error
+    sam_config(found, sam_checkpoint)
     return found
 
 
-def sam_config(shapes: dict[str, tuple[int, ...]]) -> SamConfig:
+def sam_config(shapes: dict[str, tuple[int, ...]], place: str | Path) -> SamConfig:
     """The sizes of a SAM from its shapes, keyed as in a SAM file.
 
     Raises:
-        CheckpointError: they are not those of a SAM.
+        CheckpointError: they are not those of a SAM; the message begins with `place`, a file or a checkpoint folder.
     """
     try:
         return infer_sam_config(shapes)
     except (ValueError, IndexError, ArithmeticError) as error:
-        raise CheckpointError(f"the SAM of this checkpoint (model.visual_model.*) is not whole: {error}") from error
+        raise CheckpointError(f"{place} holds no whole SAM, as sam_vit_h_4b8939.pth is one: {error}") from error
 
 
 def _clip_config(
@@ -485,7 +482,7 @@ def _clip_config(
             width, _, _, patch = own["embeddings.patch_embedding.weight"]
             places = own["embeddings.position_embedding.weight"][0]
             inner = own["encoder.layers.0.mlp.fc1.weight"][0]
-        except (KeyError, ValueError) as error:
+        except (LookupError, ValueError) as error:
             raise CheckpointError(f"the vision tower of {folder} is not whole: {error}") from error
         return CLIPVisionConfig(
             hidden_size=width,
@@ -532,17 +529,17 @@ def _tower_folder(tower: str, folder: Path) -> Path:
 def tower_of(folder: Path, vision_tower: str | Path | None = None, why: str = "its weights lack one") -> Path:
     """Folder of the CLIP tower of a checkpoint: `vision_tower`, or what its config names; `why` it is needed."""
     file = folder / "config.json"
-    tower = vision_tower or (_named_tower(read_fields(file)) if file.is_file() else None)
+    tower = vision_tower or (_named_tower(read_fields(file), folder) if file.is_file() else None)
     if not tower:
         raise CheckpointError(f"{folder} names no vision tower, and {why}: give one with --vision_tower")
     return _tower_folder(str(tower), folder)
 
 
-def _named_tower(fields: dict[str, Any]) -> str:
-    """The vision tower that a config names, empty if none."""
+def _named_tower(fields: dict[str, Any], folder: Path) -> str:
+    """The vision tower that the config of a folder names, empty if none."""
     tower = fields.get("mm_vision_tower") or fields.get("vision_tower") or ""
     if not isinstance(tower, str):
-        raise CheckpointError(f"config.json: mm_vision_tower must be a folder or a hub id, found {shown(tower)}")
+        raise CheckpointError(f"{folder}/config.json: mm_vision_tower must be a folder or a hub id, found {shown(tower)}")
     return tower
 
 
@@ -557,7 +554,7 @@ def sam_image_size(folder: Path) -> int:
     """Side of SAM's square in a checkpoint folder: from its tensors, or that of the published models for a base."""
     shapes = read_shapes(weight_files(folder))
     own = {key.removeprefix(SAM): shape for key, shape in shapes.items() if key.startswith(SAM)}
-    return sam_config(own).image_size if own else SamConfig().image_size
+    return sam_config(own, folder).image_size if own else SamConfig().image_size
 
 
 # ------------------------------------------------------------------------------------------------ completing a base
@@ -648,7 +645,7 @@ def _fit_vocabulary(state: dict[str, torch.Tensor], config: READConfig, dtype: t
             log.info("newly initialised: %d rows of %s for added tokens", len(new), key)
         elif tokenizer is not None and rows.shape[0] > text.vocab_size >= len(tokenizer):
             log.info("left out: %d rows of %s beyond the last token", len(rows) - text.vocab_size, to_disk_key(key))
-            state[key] = rows[: text.vocab_size]
+            state[key] = rows[: text.vocab_size].clone()
 
 
 def _check(

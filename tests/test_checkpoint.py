@@ -738,7 +738,8 @@ def test_the_config_of_a_vision_tower_is_named(released, tmp_path, content, word
 
 def test_a_sam_file_that_is_none_is_named(loaded, released, tmp_path):
     llava_base(loaded, released, tmp_path)
-    for content, words in (({"a": torch.zeros(2)}, "is no SAM file"), ([1], "holds a list"), ({"model": {}}, "holds no tensors")):
+    tries = (({"a": torch.zeros(2)}, "holds no whole SAM"), ([1], "holds a list"), ({"model": {}}, "holds no tensors"))
+    for content, words in tries:
         torch.save(content, tmp_path / "sam.pth")
         with pytest.raises(CheckpointError, match=words) as error:
             load(tmp_path, vision_tower=released[1], sam_checkpoint=tmp_path / "sam.pth")
