@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_model_flags, check_max_new_tokens, load_model, one_line, plain_errors
+from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, check_max_new_tokens, load_model, one_line, plain_errors
 from utils.conversation import text_faults
 from utils.files import short_name, write_json
 from utils.outputs import check_writable
@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--history", action=argparse.BooleanOptionalAction, default=False,
         help="later questions about a picture see the earlier ones (segmentation is trained on single questions)",
     )  # fmt: skip
+    add_image_flags(parser)
     add_model_flags(parser)
     return parser
 

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_model_flags, load_model, one_line, plain_errors
+from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, load_model, one_line, plain_errors
 from utils.files import read_object, write_json
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="two folders that this program wrote: differences with intervals, and B/compare.html with the expressions that "
         "changed most",
     )  # fmt: skip
+    add_image_flags(parser)
     add_model_flags(parser)
     return parser
 
@@ -325,11 +326,6 @@ def split_name(entry: str) -> tuple[str, str]:
     if not (name and bar and split):
         raise ValueError(f"--data takes NAME|SPLIT, for example 'ReasonSeg|val', found {entry!r}")
     return name, split
-
-
-def positive(text: str) -> int:
-    """A flag's value that must be 1 or more."""
-    return natural(text, least=1)
 
 
 def natural(text: str, least: int = 0) -> int:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils import run_folder
 from utils.args import TrainArgs, parse_flags
-from utils.cli import plain_errors, torch_dtype
+from utils.cli import limit_images, plain_errors, torch_dtype
 from utils.stopping import Stopped, Stopping, name_of, quiet_worker
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         from utils import distributed
 
         args = TrainArgs.resolve(given, get_preset(given["preset"]) if given.get("preset") else None)
+        if args.max_megapixels is not None:
+            limit_images(args.max_megapixels)
         if args.dry_run:
             if distributed.environment()[0] == 0:  # under a launcher one process speaks
                 dry_run(args)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import one_line, plain_errors
+from utils.cli import add_image_flags, one_line, plain_errors
 from utils.image import read_image
 
 from .own import SHOWN as OWN_SHOWN
@@ -240,6 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--own_data", help="paths of own data, joined by ||; without --dataset nothing else is looked at")
     parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=False, help="decode every picture")
+    add_image_flags(parser)
     return parser
 
 

@@ -186,6 +186,25 @@ def test_shown_command_parses(where: str, words: list[str]) -> None:
     parse(entry, [word for word in arguments if "$" not in word and word != "--help"])
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone of git")
+def test_a_clone_on_windows_keeps_what_is_read_byte_by_byte() -> None:
+    """With core.autocrlf=true bash stopped at the first line of all four scripts, and golden text had other digests."""
+    listed = subprocess.run(["git", "ls-files", "-z", "--eol"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    attributes = {path: head.split()[2:] for head, path in (line.split("\t") for line in listed.split("\0") if line)}
+    for path, found in attributes.items():
+        if path.endswith(".sh") or path in (".ci/run", "Makefile"):
+            assert found == ["attr/text", "eol=lf"], path
+        elif path.startswith(("tests/golden/", "assets/")) or Path(path).suffix in (".png", ".npz", ".model", ".safetensors"):
+            assert found == ["attr/-text"], path
+
+
+@pytest.mark.parametrize("name, value", [("lr", "nan"), ("t_pos", "inf"), ("time_limit_s", "nan"), ("seed", "-1")])
+def test_numbers_that_nothing_can_be_computed_with_are_refused(name: str, value: str) -> None:
+    """Before they reach a loss or the record of a run, which JSON could not hold."""
+    with pytest.raises(ValueError, match=f"--{name} must .* found {value}"):
+        TrainArgs.resolve(parse_flags([f"--{name}", value]))
+
+
 # ------------------------------------------------------------------------------------------------ the flags
 
 

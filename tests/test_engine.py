@@ -181,10 +181,27 @@ def signalled(number: int, when: int, monkeypatch: pytest.MonkeyPatch, times: in
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS, ids=stopping.name_of)
-def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
+def test_a_signal_ends_a_run_after_its_step(
     number: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, seen: list[int]
 ) -> None:
-    """In the first of two forward passes of a step, whose log line is not due yet; then in a validation."""
+    """Saved, with exit status 128 + its number and a line that says how to go on; its workers have ended."""
+    line = command(data, tmp_path, "tiny", "--overwrite", save_every=50)
+    with pytest.raises(SystemExit) as ended:
+        signalled(number, 0, monkeypatch)
+        train_read.main(line)
+    assert ended.value.code == 128 + number and seen == [0, 0], "the step is finished"
+    said = capfd.readouterr()
+    assert "step1. The same command with --auto_resume in place of --overwrite goes on" in said.out
+    assert "Traceback" not in said.err
+    assert (tmp_path / "tiny/ckpt_model/latest").read_text() == "step1"
+    assert not multiprocessing.active_children()
+
+
+def test_after_signals_a_run_goes_on_as_if_they_had_not_come(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[int]
+) -> None:
+    """One in the first of two forward passes of a step, whose log line is not due yet; one in a validation."""
+    number = signal.SIGTERM
     rare = {"save_every": 50, "print_freq": 2, "steps_per_epoch": 3}
     train_read.main(command(data, tmp_path, "through", **rare))
     seen.clear()
@@ -192,11 +209,8 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         signalled(number, 0, patch)
         train_read.main(line)
-    assert ended.value.code == 128 + number and seen == [0, 0], "the step is finished"
-    said = capfd.readouterr()
-    assert "step1. The same command with --auto_resume goes on" in said.out and "Traceback" not in said.err
+    assert ended.value.code == 143 and seen == [0, 0]
     assert (tmp_path / "tiny/ckpt_model/latest").read_text() == "step1"
-    assert not multiprocessing.active_children(), "workers have ended"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(train_read, "validate", lambda *_: os.kill(os.getpid(), number))
         train_read.main(line)
@@ -287,9 +301,28 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("part", ["deepspeed.launcher.runner", "deepspeed.launcher.launch"])
-def test_ranks_end_with_their_launcher_and_save(data: Path, tmp_path: Path, part: str) -> None:
-    """`kill -9` of either of its two processes left ranks training on, which nobody could see or stop."""
+@pytest.mark.parametrize("killed", ["runner", "launch"])
+def test_whoever_is_launched_ends_with_its_launcher(tmp_path: Path, killed: str) -> None:
+    """DeepSpeed's is two processes, one above the other, of which `kill -9` may hit either."""
+    parts = {name: tmp_path / "deepspeed" / name for name in ("runner", "launch")}
+    for file in parts.values():
+        file.mkdir(parents=True)
+        (file / "deepspeed").write_text("import subprocess, sys; subprocess.run(sys.argv[1:])")
+    rank = (
+        "import os, time; from utils import stopping\n"
+        "stopping.end_with_launcher(); print(os.getpid(), flush=True); time.sleep(99)"
+    )
+    line = [sys.executable, str(parts["runner"] / "deepspeed"), sys.executable, str(parts["launch"] / "deepspeed")]
+    line += [sys.executable, "-c", rank]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as runner:
+        pid = int(runner.stdout.readline())
+        (psutil.Process(runner.pid) if killed == "runner" else psutil.Process(pid).parent()).kill()
+        wait_for(lambda: not alive(pid), 60)
+
+
+def test_ranks_save_when_their_launcher_is_gone(data: Path, tmp_path: Path) -> None:
+    """They trained on, and nobody could see or stop them."""
+    part = "deepspeed.launcher.runner"
     line = command(data, tmp_path, "tiny", "--no_eval", steps_per_epoch=5000, grad_accumulation_steps=1, batch_size=1)
     launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29623"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -100,6 +100,7 @@ class TrainArgs:
         ("background", "ignored"),
     )
     own_data: str = flag("", "sources of own: paths of your own data (dataset/own.py), joined by ||")
+    max_megapixels: int | None = flag(None, "largest image that is read (default: 178, or READ_MAX_MEGAPIXELS)")
     cache_dir: str | None = flag(None, "keep SAM's features of every picture here, and take them from here the next time")
     allow_missing: bool = flag(False, "name the data sets that are not on disk and train on the rest")
     strict: bool = flag(False, "stop at the first broken sample, which is else skipped and counted")
@@ -163,6 +164,8 @@ class TrainArgs:
                      "model_max_length", "num_classes_per_sample", "bucket_size"):  # fmt: skip
             if getattr(self, name) < 1:
                 complaints.append(f"--{name} must be at least 1, found {getattr(self, name)}")
+        if self.max_megapixels is not None and self.max_megapixels < 1:
+            complaints.append(f"--max_megapixels must be at least 1, found {self.max_megapixels}")
         if self.save_every is not None and self.save_every < 1:
             complaints.append(f"--save_every must be at least 1, found {self.save_every}")
         if self.load_in_4bit and self.load_in_8bit:

@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_model_flags, check_max_new_tokens, load_model, plain_errors
+from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, check_max_new_tokens, load_model, plain_errors
 from utils.files import whole_file, whole_number, write_json, write_text
 from utils.outputs import FILE_MARK, OutputFolder, check_file
 
@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--figure", type=Path, metavar="PNG", help="one small sheet of the first ten pictures, of the first model, as well"
     )
+    add_image_flags(parser)
     add_model_flags(parser)
     parser.add_argument(
         "--version", "--pretrained_model_path", dest="version", nargs="+", default=[DEFAULT_MODEL], metavar="MODEL[:PRESET]",
