@@ -23,7 +23,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, check_max_new_tokens, load_model, one_line, plain_errors
+from utils.cli import (
+    DEFAULT_MODEL,
+    add_image_flags,
+    add_model_flags,
+    check_max_new_tokens,
+    load_model,
+    one_line,
+    plain_errors,
+)
 from utils.conversation import text_faults
 from utils.files import short_name, write_json
 from utils.outputs import check_writable

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, load_model, one_line, plain_errors
+from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, load_model, one_line, plain_errors, positive
 from utils.files import read_object, write_json
 
 if TYPE_CHECKING:
