@@ -23,6 +23,7 @@ procs=${NUM_PROCS:-${#gpus[@]}}
 launch=(python)
 if [ "$procs" -gt 1 ] || [ -n "${HOSTFILE:-}" ]; then
   launch=(python -m deepspeed.launcher.runner --master_port "${MASTER_PORT:-29500}")
+  trap '' INT  # Ctrl-C reaches the processes of the run, which save; the launcher waits until they have
 fi
 if [ -n "${HOSTFILE:-}" ]; then
   launch+=(--hostfile "$HOSTFILE")
