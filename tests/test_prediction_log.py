@@ -129,6 +129,7 @@ BESIDE = {
     "settings a list": '{"settings": [], "failed": []}', "failures an object": '{"settings": {}, "failed": {}}',
     "failures of text": '{"settings": {}, "failed": ["a"]}', "a dataset of numbers": '{"settings": {"dataset": 3}, "failed": []}',
     "sasp a list": '{"settings": {"sasp": [1]}, "failed": []}', "limit as text": '{"settings": {"limit": "3"}, "failed": []}',
+    "nothing replaced": '{"settings": {}, "failed": [], "hash": "x", "records": 6, "images_asked": 5, "without_questions": []}',
     "a hash alone": '{"settings": {}, "failed": [], "hash": "x"}',
     "records as text": '{"settings": {}, "failed": [], "hash": "x", "records": "6", "images_asked": 5, "without_questions": []}',
     "images null": '{"settings": {}, "failed": [], "hash": "x", "records": 6, "images_asked": null, "without_questions": []}',

@@ -282,7 +282,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     try:
         about = read_object(beside)
         known = BESIDE if "hash" in about else {name: BESIDE[name] for name in ("settings", "failed")}
-        wrong = [name for name, is_right in known.items() if not is_right(about.get(name))]
+        wrong = [name for name, is_right in known.items() if name not in about or not is_right(about[name])]
         wrong += [f"settings.{name}" for name in wrong_settings(about["settings"])] if not wrong else []
     except ValueError as error:
         raise ValueError(f"{beside} is damaged ({error}): --overwrite measures again") from None

@@ -145,7 +145,7 @@ def _are_points(value: Any) -> bool:
     try:  # thirty in each record: no loop in Python
         flat = list(chain.from_iterable(value))
         return not value or (set(map(len, value)) == {2} and sum(map(abs, flat)) <= FAR * len(flat))  # NaN compares as false
-    except TypeError:
+    except (TypeError, OverflowError):
         return False
 
 
