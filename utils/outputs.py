@@ -46,7 +46,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     "merge": (
         r"config\.json", r"generation_config\.json", r"model(-\d+-of-\d+)?\.safetensors", r"model\.safetensors\.index\.json",
         r"adapter_(config\.json|model\.safetensors)", r"tokenizer\.model", r"added_tokens\.json", r"tokenizer_config\.json",
-        r"preprocessor_config\.json", r"read_processor\.json", r"merged_from\.json", r"README\.md",
+        r"preprocessor_config\.json", r"read_processor\.json", r"merged_from\.json", r"README\.md", r"\.read-fingerprint\.json",
     ),
     "evaluate": (
         r"results\.json", r"compare\.html", r"predictions_.*\.jsonl(\.part\d+|\.settings\.json)?",
