@@ -209,7 +209,7 @@ def read_token_ids(tokenizer: ReadTokenizer) -> tuple[int, int, int]:
     missing = [token for token in READ_TOKENS if token not in tokenizer.added]
     if missing:
         raise ValueError(
-            f"tokenizer without {', '.join(missing)} ({tokenizer.model_file.parent}): this is no READ checkpoint; train one "
-            "from this base with train_read.py, or take the tokenizer that was saved with the weights"
+            f"tokenizer without {', '.join(missing)} ({tokenizer.model_file.parent / ADDED_FILE}): this is no READ checkpoint; "
+            "train one from this base with train_read.py, or take the tokenizer that was saved with the weights"
         )
     return tuple(tokenizer.added[token] for token in READ_TOKENS)
