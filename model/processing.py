@@ -61,6 +61,8 @@ class READProcessor:
         folder = resolve_folder(path)
         refuse_other_folders(folder)
         tokenizer = load_tokenizer(folder)
+        if not base:
+            read_token_ids(tokenizer)  # says what is missing
         config = read_fields(folder / "config.json") if (folder / "config.json").is_file() else {}
         if config.get("model_type") == "read":
             check_token_ids(folder / "config.json", config, tokenizer)
