@@ -169,7 +169,7 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
 
     from dataset import build_eval
     from utils import distributed
-    from utils.content import annotations_name, images_name
+    from utils.content import content_name, item_names
     from utils.evaluate import evaluate
     from utils.predictions import predictions_name
     from utils.runlog import setup_logging
@@ -204,12 +204,10 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
         earlier = earlier_rows(options.out, settings, pairs, options.overwrite)
         results, kept = [], []
         for (name, split), file, samples in zip(pairs, files, data, strict=True):
-            whole = len(samples)
-            about = {
-                "dataset": name,
-                "split": split,
-                "annotations": annotations_name(samples),
-                "image_files": f"size and time of modification: {images_name(samples)}",
+            whole, items, about = len(samples), item_names(samples), {"dataset": name, "split": split}
+            contents = {
+                "annotations": content_name([item.split()[0] for item in items]),
+                "image_files": f"by size and time of modification: {content_name([item.split()[1] for item in items])}",
             }
             if options.limit is not None:
                 samples = torch.utils.data.Subset(samples, range(min(options.limit, whole)))
@@ -217,12 +215,13 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
                 scores = evaluate(
                     model, processor, samples, protocol=options.protocol, compat=options.compat, conv_type=options.conv_type,
                     rank=world.rank, world=world.size, max_new_tokens=options.max_new_tokens, predictions_path=options.out / file,
-                    settings={**settings, **about, "images_in_split": whole}, overwrite=options.overwrite, strict=options.strict,
-                    chunk=options.chunk, workers=reading_processes() if options.workers is None else options.workers,
+                    settings={**settings, **about, "images_in_split": whole}, items=items, overwrite=options.overwrite,
+                    strict=options.strict, chunk=options.chunk,
+                    workers=reading_processes() if options.workers is None else options.workers,
                 )  # fmt: skip
             except (OSError, ValueError) as error:  # an image with --strict, or predictions of other settings
                 raise ValueError(f"{name}|{split}: {one_line(error)}") from error
-            results.append({**about, "images_in_split": whole, **scores, "command": command()})
+            results.append({**about, **contents, "images_in_split": whole, **scores, "command": command()})
             if scores["images_taken_over"]:
                 tell(world, f"{name}|{split}: {scores['images_taken_over']} pictures taken over from {options.out / file}")
             if world.is_main:  # written after each data set: what is measured is not lost

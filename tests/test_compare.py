@@ -490,7 +490,7 @@ def finish(folder: Path, dataset: str) -> Path:
     images = 1 + max(json.loads(line)["image_index"] for line in lines)
     about = {
         "settings": {"dataset": dataset, "split": "val"}, "failed": [], "images_asked": images, "records": len(lines),
-        "hash": hash_of_lines(lines), "without_questions": [], "replaces": None,
+        "hash": hash_of_lines(lines), "without_questions": [], "items": {}, "replaces": None,
     }  # fmt: skip
     Path(f"{file}.settings.json").write_text(json.dumps(about), encoding="utf-8")
     return file

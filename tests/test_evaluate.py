@@ -286,7 +286,7 @@ def test_other_pictures_do_not_mix(tmp_path: Path, asked: Places) -> None:
     assert test_read.main(line(tmp_path / "data", tmp_path / "out")) == 0
     for name in ("1.jpg", "1.json"):
         (tmp_path / "data/reason_seg/ReasonSeg/val" / name).unlink()
-    with pytest.raises(SystemExit, match="other settings.*annotations of ReasonSeg.val changed.*, images_in_split 3 then, 2 now"):
+    with pytest.raises(SystemExit, match="other settings.*images_in_split 3 then, 2 now"):
         test_read.main(line(tmp_path / "data", tmp_path / "out"))
     with pytest.raises(SystemExit, match="two sets would both be written to predictions_ReasonSeg_val.jsonl"):
         test_read.main([*line(tmp_path / "data", tmp_path / "out"), "--data", "ReasonSeg|val", "ReasonSeg|val"])
@@ -314,15 +314,13 @@ def change_weights(model: Path) -> None:
 
 
 INPUTS = {
-    "a question": (lambda model, val: change_json(val / "0.json", text=["the dark thing"]), "annotations of ReasonSeg.val"),
+    "a question": (lambda model, val: change_json(val / "0.json", text=["the dark thing"]), "ReasonSeg.val, image 0, the anno"),
     "a mask": (
         lambda model, val: change_json(val / "0.json", shapes=[{"label": "x", "points": [[1, 1], [9, 1], [9, 9]]}]),
-        "annotations of ReasonSeg.val changed",
+        "image 0, the annotations .its questions or true masks. changed",
     ),
-    "a false premise": (lambda model, val: change_json(val / "0.json", false_premise_QA=[]), "annotations of ReasonSeg.val"),
-    "an image": (
-        lambda model, val: Image.new("RGB", (64, 48)).save(val / "0.jpg"), "image files of ReasonSeg.val changed",
-    ),
+    "a false premise": (lambda model, val: change_json(val / "0.json", false_premise_QA=[]), "image 0, the annotations"),
+    "an image": (lambda model, val: Image.new("RGB", (64, 48)).save(val / "0.jpg"), "the image file .its size or time of"),
     "the tokenizer": (lambda model, val: change_json(model / "tokenizer_config.json", extra=1), "the tokenizer changed"),
     "the processor": (
         lambda model, val: change_json(model.parent / "tower/preprocessor_config.json", image_mean=[0, 0, 0]), "the processor or",
@@ -342,7 +340,7 @@ def test_what_decides_a_prediction_and_changed_is_named(tmp_path: Path, asked: P
         shutil.copytree(folder, copy)
     for name, (change, words) in INPUTS.items():
         change(model, val)
-        with pytest.raises(SystemExit, match=f"under other settings.*{words}") as error:
+        with pytest.raises(SystemExit, match=f"is of an evaluation .*other .*{words}") as error:
             test_read.main(command)
         assert error.value.code == 2, name
         for folder, copy in kept.items():

@@ -12,7 +12,7 @@ from utils.predictions import encode_mask
 from utils.scores import recompute
 
 SETTINGS = {
-    "protocol": "forced", "dataset": "refcoco", "split": "val", "images_in_split": 5, "annotations": "a", "processor": "p",
+    "protocol": "forced", "dataset": "refcoco", "split": "val", "images_in_split": 5, "checkpoint": "a", "processor": "p",
 }  # fmt: skip
 FAILED = [{"image_index": 2, "error": "torn"}]
 
@@ -26,9 +26,9 @@ def entry(image, question, **more):
     }  # fmt: skip
 
 
-def begin(path, images=(0, 1, 3, 4), settings=SETTINGS):
+def begin(path, images=(0, 1, 3, 4), settings=SETTINGS, items=None):
     """A log in which image 4 has no question and the others two."""
-    log = PredictionLog(path, settings)
+    log = PredictionLog(path, settings, items=items)
     for image in images:
         log.add(image, [entry(image, q) for q in range(2 * (image != 4))])
     return log
@@ -108,7 +108,7 @@ def test_a_finished_file_that_was_changed_is_named(finished, case):
 
 def test_predictions_of_another_evaluation_are_named(finished, tmp_path):
     other = tmp_path / "other" / finished.name
-    begin(other, settings=SETTINGS | {"annotations": "b"}).close(FAILED, images_asked=5)
+    begin(other, settings=SETTINGS | {"checkpoint": "b"}).close(FAILED, images_asked=5)
     edit(other, lambda lines: [line.replace("[SEG]", "Sure, [SEG]") for line in lines])
     finished.write_bytes(other.read_bytes())
     with pytest.raises(ValueError, match="is not what its evaluation wrote: it was changed, or is of another one"):
@@ -124,15 +124,20 @@ def test_predictions_that_nothing_explains_are_not_replaced(finished):
     assert result["expressions"] == 6 and not result["completeness_known"]
 
 
+WHOLE = {
+    "settings": {}, "failed": [], "hash": "x", "records": 6, "images_asked": 5, "without_questions": [], "items": {},
+    "replaces": None,
+}  # fmt: skip
 BESIDE = {
     "empty": "", "no JSON": "{", "a list": "[1]", "null": "null", "nothing": "{}", "no failures": '{"settings": {}}',
     "settings a list": '{"settings": [], "failed": []}', "failures an object": '{"settings": {}, "failed": {}}',
     "failures of text": '{"settings": {}, "failed": ["a"]}', "a dataset of numbers": '{"settings": {"dataset": 3}, "failed": []}',
     "sasp a list": '{"settings": {"sasp": [1]}, "failed": []}', "limit as text": '{"settings": {"limit": "3"}, "failed": []}',
-    "nothing replaced": '{"settings": {}, "failed": [], "hash": "x", "records": 6, "images_asked": 5, "without_questions": []}',
+    "no items": json.dumps({name: value for name, value in WHOLE.items() if name != "items"}),
     "a hash alone": '{"settings": {}, "failed": [], "hash": "x"}',
-    "records as text": '{"settings": {}, "failed": [], "hash": "x", "records": "6", "images_asked": 5, "without_questions": []}',
-    "images null": '{"settings": {}, "failed": [], "hash": "x", "records": 6, "images_asked": null, "without_questions": []}',
+    "records as text": json.dumps(WHOLE | {"records": "6"}), "images null": json.dumps(WHOLE | {"images_asked": None}),
+    "items a list": json.dumps(WHOLE | {"items": ["a"]}), "an item a number": json.dumps(WHOLE | {"items": {"0": 1}}),
+    "replaces text": json.dumps(WHOLE | {"replaces": "x"}),
 }  # fmt: skip
 
 
@@ -147,7 +152,7 @@ def test_damaged_settings_beside_predictions_are_named(finished, case):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("annotations", r"the annotations of refcoco\|val changed"),
+        ("checkpoint", "the weights changed"),
         ("processor", "the processor or the tokenizer changed"),
         ("images_in_split", "images_in_split 5 then, 6 now"),
     ],
@@ -155,6 +160,36 @@ def test_damaged_settings_beside_predictions_are_named(finished, case):
 def test_settings_that_differ_are_named_in_words(finished, name, words):
     with pytest.raises(ValueError, match=f"under other settings.*{words}"):
         PredictionLog(finished, SETTINGS | {name: 6})
+
+
+ITEMS = ["a0 f0", "a1 f1", "a2 f2", "a3 f3", "a4 f4"]
+
+
+@pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "begun"])
+@pytest.mark.parametrize(
+    ("index", "item", "words"),
+    [
+        (0, "b0 f0", r"Of refcoco\|val, image 0, the annotations \(its questions or true masks\) changed"),
+        (4, "a4 g4", r"image 4, the image file \(its size or time of modification\) changed"),
+        (3, "b3 g3", r"image 3, the annotations .* and the image file .* changed"),
+        (2, "b2 g2", None),
+    ],
+)
+def test_an_item_that_was_measured_must_be_as_it_was(tmp_path, is_finished, index, item, words):
+    """Image 2 failed, or was not reached: it may have been mended."""
+    path = tmp_path / "p.jsonl"
+    log = begin(path, items=ITEMS)
+    if is_finished:
+        log.close(FAILED, images_asked=5)
+    else:
+        log.abandon()
+    assert PredictionLog(path, SETTINGS, items=ITEMS).done == {0, 1, 3, 4}
+    changed = [*ITEMS[:index], item, *ITEMS[index + 1 :]]
+    if words is None:
+        assert PredictionLog(path, SETTINGS, items=changed).done == {0, 1, 3, 4}
+    else:
+        with pytest.raises(ValueError, match=f"is of an evaluation of other data.*--overwrite. .*{words}"):
+            PredictionLog(path, SETTINGS, items=changed)
 
 
 @pytest.mark.parametrize("kind", ["folder", "link"])
@@ -203,7 +238,7 @@ def test_a_begun_file_that_was_changed_is_named(stopped, case):
 
 
 def test_lines_of_another_evaluation_are_named(stopped, tmp_path):
-    begin(tmp_path / "other/p.jsonl", settings=SETTINGS | {"annotations": "b"}).abandon()
+    begin(tmp_path / "other/p.jsonl", settings=SETTINGS | {"checkpoint": "b"}).abandon()
     foreign = (tmp_path / "other/p.jsonl.part0").read_text().splitlines()[1]
     edit(stopped, lambda lines: [lines[0], foreign])
     with pytest.raises(ValueError, match="part0, line 2 is not what this evaluation wrote"):

@@ -1,8 +1,8 @@
 """Names for content: what has another name has another content.
 
     content_name(value)      of plain values, arrays, functions with their arguments, and of the files that a `Path` in it names
-    files_name(paths)        of many files by name, size and time of modification, without reading them
-    annotations_name(data), images_name(data)      of an evaluation data set, from its `places()`
+    file_name(path)          of a file by name, size and time of modification, without reading it
+    item_names(data)         of the items of an evaluation data set, from its `places()`
 
 An evaluation data set has `places()`: one {"image": Path, "asked": value} an item, `asked` being all that decides its questions
 and true masks. Files in it are paths, which are read here.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +56,17 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield f"{value!r};".encode("utf-8", "surrogatepass")
 
 
-def files_name(paths: Iterable[str | Path]) -> str:
-    """32 digits for files: the name of each, its size and its time of modification."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in map(Path, paths):
-        try:
-            about = path.stat()
-            told = f"{about.st_size} {about.st_mtime_ns}"
-        except OSError as error:
-            told = type(error).__name__
-        digest.update(f"{path.name} {told};".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+def file_name(path: Path) -> str:
+    """32 digits for a file: its name, its size and its time of modification."""
+    try:
+        about = path.stat()
+        return content_name([path.name, about.st_size, about.st_mtime_ns])
+    except OSError as error:
+        return content_name([path.name, type(error).__name__])
 
 
-def annotations_name(data: Any) -> str:
-    """For the questions and true masks of a data set, and for the names of its images."""
-    return content_name([(place["image"].name, place["asked"]) for place in data.places()])
-
-
-def images_name(data: Any) -> str:
-    """For the image files of a data set."""
-    return files_name(place["image"] for place in data.places())
+def item_names(data: Any) -> list[str]:
+    """For each item of a data set its annotations (questions and true masks) and its image file, 16 digits each."""
+    return [
+        f"{content_name([place['image'].name, place['asked']])[:16]} {file_name(place['image'])[:16]}" for place in data.places()
+    ]

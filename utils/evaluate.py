@@ -86,6 +86,7 @@ def evaluate(
     max_new_tokens: int = 512,
     predictions_path: str | Path | None = None,
     settings: dict[str, Any] | None = None,
+    items: Sequence[str] | None = None,
     overwrite: bool = False,
     strict: bool = True,
     chunk: int = 16,
@@ -105,7 +106,9 @@ def evaluate(
         max_new_tokens: longest answer.
         predictions_path: JSON lines, one an expression, in the order of the data set whatever `world` is. What an earlier run
             left there, stopped or finished, is taken over, and the numbers are those of a run that nobody stopped.
-        settings: what else decides the predictions (the checkpoint, the data, SasP, ...): a run goes on under the same only.
+        settings: what else decides the predictions (the checkpoint, the data set, SasP, ...): a run goes on under the same only.
+        items: what is asked of which image, a name for each item (`utils.content.item_names`): an item that was measured and
+            has another name now is not taken over, but refused.
         overwrite: what an earlier run left is thrown away.
         strict: a picture that cannot be read or answered stops the evaluation. Else it is tried once more, with fewer
             expressions at a time, and then named in the result.
@@ -136,7 +139,7 @@ def evaluate(
     kept = None
     if predictions_path is not None:
         settings = {"protocol": protocol, "compat": compat, "conv_type": conv_type, **(settings or {})}
-        kept = PredictionLog(predictions_path, settings, rank, overwrite)
+        kept = PredictionLog(predictions_path, settings, rank, overwrite, items)
     done = kept.done if kept else frozenset()
     if done and max(done) >= len(dataset):
         kept.abandon()

@@ -35,20 +35,26 @@ AGAIN = "put the file back as it was, or measure again with --overwrite"
 class PredictionLog:
     """The records of one data set. Every process makes one; `path` is the same for all."""
 
-    def __init__(self, path: str | Path, settings: dict[str, Any], rank: int = 0, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, settings: dict[str, Any], rank: int = 0, overwrite: bool = False,
+        items: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
         """Reads what is there, then opens this process's file.
 
         Args:
             path: the predictions file to be made.
             settings: JSON values that decide what an image's records are; two runs go together if theirs are equal.
             overwrite: what is there is thrown away, finished or not.
+            items: names of the data set's items (`utils.content.item_names`). Those that have been measured must be as they
+                were; others may have changed since, an image that was mended for one.
 
         Raises:
-            ValueError: what is there is of other settings, or damaged; the message names what differs, or file and line.
+            ValueError: what is there is of other settings or items, or damaged; the message names what differs, or file and line.
         """
         self.path, self.rank = Path(path), rank
         self.settings = json.loads(json.dumps(settings))
         self._settings_name = _name_of(self.settings)
+        self._items = items
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for file in (self.path, settings_file(self.path), *self._parts()):
             if file.is_symlink() or (file.exists() and not file.is_file()):
@@ -78,7 +84,7 @@ class PredictionLog:
 
     def add(self, image_index: int, records: Sequence[Record]) -> None:
         """The records of a whole image."""
-        content = {"image_index": image_index, "records": list(records)}
+        content = {"image_index": image_index, "item": self._item(image_index), "records": list(records)}
         self._write(content | {"check": _check_of(self._settings_name, **content)})
 
     def close(self, failed: Sequence[dict[str, Any]] = (), images_asked: int | None = None) -> None:
@@ -103,6 +109,7 @@ class PredictionLog:
                 "records": len(lines),
                 "hash": hash_of_lines(lines),
                 "without_questions": sorted(index for index, group in found.items() if not group),
+                "items": {index: self._item(index) for index in sorted(found)},
                 "replaces": self._replaces,
             }
             # Before the predictions: killed in between, it names those that are there as the ones to be replaced.
@@ -142,14 +149,32 @@ class PredictionLog:
         found: dict[int, list[Record]] = {index: [] for index in about["without_questions"]}
         for record in records:
             found.setdefault(record["image_index"], []).append(record)
+        for index in found:
+            self._check_item(settings_file(self.path), index, about["items"].get(str(index)))
         return found
+
+    def _item(self, index: int) -> str | None:
+        return self._items[index] if self._items is not None and index < len(self._items) else None
+
+    def _check_item(self, where: Path | str, index: int, before: str | None) -> None:
+        """Refuses records of an item that has changed since: ValueError begins with `where`."""
+        now = self._item(index)
+        if None in (before, now) or before == now:
+            return
+        kinds = ("the annotations (its questions or true masks)", "the image file (its size or time of modification)")
+        told = [kind for kind, a, b in zip(kinds, before.split(), now.split(), strict=False) if a != b]
+        raise ValueError(
+            f"{where} is of an evaluation of other data: choose another --out, or throw it away with --overwrite. Of "
+            f"{_data_of(self.settings)}, image {index}, {' and '.join(told)} changed"
+        )
 
     def _add_parts(self, found: dict[int, list[Record]]) -> None:
         """Adds to `found` what lies in the files of all processes."""
         place: dict[int, str] = {}
         for part in self._parts():
-            for number, index, records in _read_part(part, self.settings, self._settings_name):
+            for number, index, item, records in _read_part(part, self.settings, self._settings_name):
                 where = f"{part}, line {number}"
+                self._check_item(where, index, item)
                 if index in place:
                     raise ValueError(f"{where}: image {index} is there twice (before in {place[index]}); {AGAIN}")
                 if found.setdefault(index, records) != records:  # killed while it joined the files, they are equal
@@ -253,6 +278,7 @@ BESIDE: dict[str, Callable[[Any], bool]] = {
     "records": _is_count,
     "hash": lambda value: isinstance(value, str),
     "without_questions": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "items": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "replaces": lambda value: value is None or _is_written(value),
 }
 """What stands beside a finished predictions file. Older ones have the first two alone."""
@@ -300,8 +326,6 @@ def wrong_settings(settings: dict[str, Any]) -> list[str]:
 
 
 IN_WORDS = {
-    "annotations": "the annotations of {data} changed (its questions or true masks)",
-    "image_files": "the image files of {data} changed (a size or a time of modification)",
     "checkpoint": "the weights changed",
     "processor": "the processor or the tokenizer changed",
     "config": "the config.json of the model changed",
@@ -309,10 +333,10 @@ IN_WORDS = {
 """Settings that are hashes, and what it means if they differ."""
 
 
-def differing(before: dict[str, Any], now: dict[str, Any], data: str = "") -> str | None:
+def differing(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """What differs between two settings, in words; None if they are equal."""
     told = [
-        IN_WORDS[name].format(data=data) if name in IN_WORDS and name in before else
+        IN_WORDS[name] if name in IN_WORDS and name in before else
         f"{name} {before.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
@@ -322,12 +346,15 @@ def differing(before: dict[str, Any], now: dict[str, Any], data: str = "") -> st
 
 def check_settings(file: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
     """Refuses what `file` holds if it was made under other settings: ValueError names what differs."""
-    data = "|".join(str(settings[name]) for name in ("dataset", "split") if name in settings)
-    if told := differing(before, settings, data):
+    if told := differing(before, settings):
         raise ValueError(
             f"{file} is of an evaluation under other settings: choose another --out, or throw it away with --overwrite. "
             f"Settings that differ: {told}"
         )
+
+
+def _data_of(settings: dict[str, Any]) -> str:
+    return "|".join(str(settings[name]) for name in ("dataset", "split") if name in settings) or "the data set"
 
 
 # ------------------------------------------------------------------------------------------------ files of the processes
@@ -343,13 +370,16 @@ def _name_of(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _check_of(settings_name: str, image_index: int, records: list[Record]) -> str:
+def _check_of(settings_name: str, image_index: int, item: str | None, records: list[Record]) -> str:
     """A name for what a line says, and for the evaluation that says it."""
-    return _name_of([settings_name, image_index, records])
+    return _name_of([settings_name, image_index, item, records])
 
 
-def _read_part(part: Path, settings: dict[str, Any], settings_name: str) -> Iterator[tuple[int, int, list[Record]]]:
-    """(line, place, records) of one process's file; a last line without its end, or a file cut in its first, is passed over."""
+def _read_part(
+    part: Path, settings: dict[str, Any], settings_name: str
+) -> Iterator[tuple[int, int, str | None, list[Record]]]:
+    """(line, place, item, records) of one process's file; a last line without its end is passed over, and so is a file cut in
+    its first line."""
     if part.stat().st_size == 0:
         return
     lines = read_text(part).split("\n")[:-1]  # what follows the last newline is a torn line
@@ -364,14 +394,15 @@ def _read_part(part: Path, settings: dict[str, Any], settings_name: str) -> Iter
         if number == 1:
             check_settings(part, as_object(entry.get("settings"), f"{where}, settings"), settings)
             continue
-        index, records = entry.get("image_index"), entry.get("records")
-        if not _is_count(index) or not isinstance(records, list):
+        index, item, records = entry.get("image_index"), entry.get("item"), entry.get("records")
+        if not _is_count(index) or not isinstance(records, list) or not _is_text(item):
             raise ValueError(f"{where}: must be {{'image_index': ..., 'records': [...]}}, found {shown(entry)}; {AGAIN}")
         check_records(records, [f"{where}, record {n}" for n in range(len(records))])
         places = [(record["image_index"], record["question_index"]) for record in records]
-        if places != [(index, n) for n in range(len(records))] or entry.get("check") != _check_of(settings_name, index, records):
+        in_order = places == [(index, n) for n in range(len(records))]
+        if not in_order or entry.get("check") != _check_of(settings_name, index, item, records):
             raise ValueError(f"{where} is not what this evaluation wrote: it was changed, or is of another one; {AGAIN}")
-        yield number, index, records
+        yield number, index, item, records
 
 
 def _cut_torn_line(part: Path) -> None:
