@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -107,7 +108,7 @@ def chat(demo: Demo, path: str | None, picture: np.ndarray | None, prompts: list
             if path is None:
                 return 0
             try:
-                picture = read_image(Path(path).expanduser())
+                picture = read_image(os.path.expanduser(path))
             except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
                 print(one_line(error))
         demo.forget()
@@ -271,7 +272,7 @@ def new_folder(root: Path, image: str, prompt: str) -> Path:
 
     Two pictures of one name are told apart by the hash of their absolute paths, two answers by their number.
     """
-    absolute = Path(image).expanduser().resolve()
+    absolute = Path(os.path.expanduser(image)).resolve()
     digest = hashlib.sha1(str(absolute).encode("utf-8", "surrogatepass")).hexdigest()[:8]
     parent = root / f"{short_name(absolute.name, LONGEST_NAME - 9)}-{digest}"
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "question"

@@ -7,6 +7,7 @@ take longer than much training does. Where the data lies does not count.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def files_of(member: Drawable) -> Iterator[Path]:
         yield member.source.file
         yield from (member.source.image_dir / image["file_name"].replace("\\", "/") for image in member.source.images)
     elif isinstance(member, OwnTraining):
-        root = Path(member.name).expanduser()
+        root = Path(os.path.expanduser(member.name))
         yield from sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
         for picture in member.data.pictures:  # which may lie elsewhere
             yield picture.path

@@ -592,7 +592,7 @@ def open_splits(path: str | Path) -> dict[str, Callable[[], OwnSplit]]:
         FileNotFoundError: there is no such path.
         ValueError: it is none of the forms, or several at once, or a broken table; the message says what was found.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # which leaves ~ of an unknown user as it is
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {FORMS}")
     folders = sorted(f for f in path.iterdir() if f.name.lower() in SPLITS and _data_files(f)) if path.is_dir() else []

@@ -20,6 +20,7 @@ image tokens · C = 256 SAM width.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -346,7 +347,7 @@ def _local(path: str, name: str) -> Path:
         raise ValueError(f"{name} must be a path, found an empty one")
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path):  # Path makes one slash of two
         raise ValueError(f"{name} must be a local file, found the address {path}: download it first")
-    return Path(path).expanduser() if path.startswith("~") and not Path(path).exists() else Path(path)
+    return Path(os.path.expanduser(path)) if path.startswith("~") and not Path(path).exists() else Path(path)
 
 
 def _advice(array: np.ndarray) -> str:
