@@ -65,6 +65,12 @@ def through(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "tiny"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, this process is never ended because a training in it unwinds slowly."""
+    monkeypatch.setattr(stopping, "UNWIND_S", 3600.0)
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The optimiser steps that were done before each forward pass of a training in this process."""
@@ -244,6 +250,7 @@ def test_a_signal_before_training_ends_with_one_line(data: Path, tmp_path: Path,
 def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's answers Ctrl-C, which its ranks hear too, with SIGTERM; `timeout` sends its signal twice."""
     monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(stopping, "ONE_REQUEST_S", 2.0)
     with stopping.Stopping("x") as stop, stop.gently():
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
