@@ -561,6 +561,9 @@ def resume(args: TrainArgs, engine: Any, world: World, log: RunLog) -> dict[str,
     if source is not None:
         path = Path(load_checkpoint(engine, source / "ckpt_model", world))
         log.say(f"resumed {path} after step {engine.global_steps}")
+        if args.resume_with_changes:  # the optimiser's settings come with its states, from before the changes
+            for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_lr(), strict=True):
+                group.update(lr=lr, betas=(args.beta1, args.beta2))
         if (file := source / "ckpt_model" / f"step{engine.global_steps}" / AVERAGES_NAME).is_file():
             for name, totals in read_json(file)[world.rank].items():
                 averages[name].restore(totals)

@@ -389,6 +389,23 @@ def test_changed_data_is_named_and_recorded_if_it_is_meant(data: Path, run: Path
     assert json.loads((tmp_path / "tiny/config.json").read_text())["changes"] == changes
 
 
+@needs_ckpt
+def test_changes_of_the_optimiser_take_effect(data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states in a checkpoint hold its old settings, which would win in silence."""
+    shutil.copytree(run, tmp_path / "tiny")
+    found: dict = {}
+
+    def look(args, engine, *_):
+        found.update(engine.optimizer.param_groups[0])
+        return 0
+
+    monkeypatch.setattr(train_read, "train", look)
+    line = [*flags(data, tmp_path, "tiny", epochs=8, lr=0.5, beta1=0.7), "--auto_resume", "--resume_with_changes"]
+    train_read.main(line)
+    assert found["betas"] == (0.7, 0.95)
+    assert found["lr"] == pytest.approx(0.5 * (16 - 3) / (16 - 2))
+
+
 def test_every_family_of_data_has_a_digest_of_what_it_reads(tmp_path: Path) -> None:
     """One byte in any annotation file, one image more or less, changes it; nothing else does."""
     from dataset import build_train
