@@ -135,7 +135,7 @@ def save_checkpoint(
         with contextlib.suppress(OSError):
             remove(partial)
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        whole = f"{folder / read_latest(folder)} is whole" if has_checkpoint(folder) else "there is no earlier one"
+        whole = f"{folder / latest_tag(folder)} is whole" if has_checkpoint(folder) else "there is no earlier one"
         free = shutil.disk_usage(folder.parent).free // 2**20
         raise OSError(
             f"the checkpoint {folder / tag} cannot be written ({why}; {free} MiB are free): {whole}; make room, then go on with "
@@ -152,11 +152,6 @@ def prune(folder: Path, keep: set[str], world: World) -> None:
             if re.fullmatch(r"step\d+(\.partial)?", old.name) and old.name not in keep:
                 remove(old)
     distributed.barrier()
-
-
-def read_latest(folder: Path) -> str:
-    """The name of the last checkpoint that is whole."""
-    return read_text(folder / LATEST).strip()
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -37,6 +37,7 @@ from utils.metrics import IGNORE_PIXEL, Expression, count, summarize
 from utils.prediction_log import PredictionLog
 from utils.predictions import encode_mask, expression
 from utils.say import say_score
+from utils.stopping import quiet_worker
 
 if TYPE_CHECKING:
     from dataset.types import Batch, Sample
@@ -152,7 +153,11 @@ def evaluate(
     read = _Reader(dataset, mine, processor, protocol, conv_type, room, collate)
     # A generator of its own: validation must not move the random numbers of the training around it.
     loader = torch.utils.data.DataLoader(
-        read, batch_size=None, num_workers=workers, generator=torch.Generator().manual_seed(0)
+        read,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator().manual_seed(0),
     )
     answer = _Answerer(model, processor, protocol, compat, max_new_tokens, chunk, strict)
     rows = [expression(record) for records in (kept.taken_over.values() if kept else ()) for record in records]

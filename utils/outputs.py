@@ -118,7 +118,7 @@ class OutputFolder:
             raise FileExistsError(f"{self.path} holds an earlier result: choose another folder, or replace it with --overwrite")
 
     def check_inputs(self) -> None:
-        """Refuses a folder that is an input of this call, lies within one, or holds one.
+        """Refuses a folder that is an input of this call, or holds one.
 
         Raises:
             NotOursError: with the flag.
