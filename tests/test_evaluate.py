@@ -391,7 +391,7 @@ def in_the_way(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "a foreign folder": (thesis, r"thesis holds something that this command did not write \(results.json\)"),
         "a training run": (tmp_path / "run", "run holds something that this command did not write"),
         "a file": (file, "file is a file: choose a folder"),
-        "below a file": (file / "x", "--out .*file/x cannot be made"),
+        "below a file": (file / "x", "file is a file, so that .*file/x cannot be made"),
         "a dangling link": (link, "link is a link to .*nowhere, which does not exist"),
         "no place": (Path("/proc/nowhere"), "--out /proc/nowhere cannot be made"),
         "a long name": (tmp_path / ("x" * 300), "too long"),
