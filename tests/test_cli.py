@@ -37,6 +37,8 @@ ENTRIES = {
     "dataset.check": "dataset.check",
     "utils.plot": "utils.plot",
     "utils.model_card": "utils.model_card",
+    "utils.analysis": "utils.analysis.__main__",
+    **{f"benchmarks/{file.name}": f"benchmarks.{file.stem}" for file in (ROOT / "benchmarks").glob("*.py")},
 }
 """What a command may run -> the module whose `main` parses it."""
 
