@@ -116,14 +116,14 @@ def read_json(path: str | Path, cp1252: bool = False) -> Any:
     return parse_json(read_text(path, cp1252), str(path))
 
 
-def parse_json(text: str, name: str) -> Any:
-    """The value of a JSON text; `name` stands in the error, for example `file, line 3`.
+def parse_json(text: str, name: str, **options: Any) -> Any:
+    """The value of a JSON text; `name` stands in the error, for example `file, line 3`. `options` as for `json.loads`.
 
     Raises:
         ValueError: it is no JSON, or nested too deeply.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except RecursionError:
         raise ValueError(f"{name} is no usable JSON: its lists and objects are nested too deeply") from None
     except ValueError as error:  # JSONDecodeError, and int's limit on digits
