@@ -26,8 +26,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, load_model, one_line, plain_errors, positive
-from utils.files import read_object, write_json
+from utils.cli import (
+    DEFAULT_MODEL,
+    add_image_flags,
+    add_model_flags,
+    check_max_new_tokens,
+    load_model,
+    one_line,
+    plain_errors,
+    positive,
+)
+from utils.files import write_json
 
 if TYPE_CHECKING:
     from model import READForCausalLM
@@ -35,6 +44,8 @@ if TYPE_CHECKING:
 
 RELEASED_WORDING = "vicuna_v1"
 """What the original's generation said, unlike its training (§8-1)."""
+SHOWN = 5
+"""So many failed images of a data set are printed, the rest is counted."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -163,8 +174,8 @@ def stopped_by_signals() -> Iterator[None]:
 def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
     """Measures the data sets (name, split) one after the other; each is on disk as soon as it is done."""
     options.version = options.version or DEFAULT_MODEL
-    if options.protocol == "generate":
-        check_answer_length(options)
+    if options.protocol == "generate" and Path(options.version).is_dir():  # of the hub, it is known once the model is loaded
+        check_max_new_tokens(options.version, options.max_new_tokens, options.vision_tower)
     import torch
 
     from dataset import build_eval
@@ -237,22 +248,6 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
 DEFAULT_OUT = Path("runs/eval")
 
 
-def check_answer_length(options: argparse.Namespace) -> None:
-    """Refuses a --max_new_tokens beyond what a model folder's config.json allows, before anything is loaded."""
-    from utils.evaluate import check_answer_length
-
-    file = Path(options.version) / "config.json"
-    if not file.is_file():
-        return  # of the hub, where it is known once the model is loaded
-    fields = read_object(file)
-    parts = fields["llava"] if isinstance(fields.get("llava"), dict) else {"text_config": fields}
-    text, vision = (part if isinstance(part := parts.get(name), dict) else {} for name in ("text_config", "vision_config"))
-    positions, size, patch = text.get("max_position_embeddings"), vision.get("image_size"), vision.get("patch_size")
-    if type(positions) is int:
-        patches = (size // patch) ** 2 if type(size) is type(patch) is int and patch > 0 else None
-        check_answer_length(options.max_new_tokens, positions, patches)
-
-
 @contextlib.contextmanager
 def only_writer(options: argparse.Namespace, world: World) -> Iterator[None]:
     """Holds --out for this evaluation and its processes.
@@ -267,21 +262,15 @@ def only_writer(options: argparse.Namespace, world: World) -> Iterator[None]:
     own = {f"--data {entry}": split_name(entry)[0] for entry in options.data}
     inputs = {"--version": options.version, "--vision_tower": options.vision_tower, "--dataset_dir": options.dataset_dir, **own}
     folder = OutputFolder(options.out, "evaluate", inputs)
-    fault: OSError | ValueError | None = None
     with contextlib.ExitStack() as held:
-        if world.is_main:
-            try:
-                folder.check(overwrite=True)
-                make_folder(folder.path, "--out")
-                held.enter_context(folder.lock())
-                folder.mark()
-            except (OSError, ValueError) as error:
-                fault = error
-        failed = distributed.any_rank(fault is not None)
-        if fault is not None:
-            raise fault
-        if failed:
-            raise SystemExit(2)
+
+        def claim() -> None:
+            folder.check(overwrite=True)
+            make_folder(folder.path, "--out")
+            held.enter_context(folder.lock())
+            folder.mark()
+
+        distributed.main_first(world, claim)
         yield
 
 
@@ -327,11 +316,11 @@ def split_name(entry: str) -> tuple[str, str]:
     return name, split
 
 
-def natural(text: str, least: int = 0) -> int:
-    """A flag's value that must be a whole number, `least` or more."""
+def natural(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
     value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be {least} or more, found {text}")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, found {text}")
     return value
 
 
@@ -463,15 +452,15 @@ def heading(options: argparse.Namespace, settings: dict[str, Any]) -> str:
     return " · ".join(words)
 
 
-def failures(results: list[dict[str, Any]], shown: int = 5) -> list[str]:
+def failures(results: list[dict[str, Any]]) -> list[str]:
     """Lines about the pictures that are not in the scores."""
     lines = []
     for result in results:
         if failed := result["failed"]:
             pictures = f"{len(failed)} picture{'s' * (len(failed) > 1)} of {result.get('images_in_split', 'unknown number')}"
             lines.append(f"{result['dataset']}|{result['split']}: {pictures} FAILED and not in these scores:")
-            lines += [f"  picture {entry['image_index']}: {entry['error']}" for entry in failed[:shown]]
-            lines += [f"  ... and {len(failed) - shown} more, see results.json"] if len(failed) > shown else []
+            lines += [f"  picture {entry['image_index']}: {entry['error']}" for entry in failed[:SHOWN]]
+            lines += [f"  ... and {len(failed) - SHOWN} more, see results.json"] if len(failed) > SHOWN else []
     return lines
 
 

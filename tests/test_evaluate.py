@@ -391,7 +391,7 @@ def in_the_way(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "a foreign folder": (thesis, r"thesis holds something that this command did not write \(results.json\)"),
         "a training run": (tmp_path / "run", "run holds something that this command did not write"),
         "a file": (file, "file is a file: choose a folder"),
-        "below a file": (file / "x", "--out .*file/x cannot be made"),
+        "below a file": (file / "x", "file is a file, so that .*file/x cannot be made"),
         "a dangling link": (link, "link is a link to .*nowhere, which does not exist"),
         "no place": (Path("/proc/nowhere"), "--out /proc/nowhere cannot be made"),
         "a long name": (tmp_path / ("x" * 300), "too long"),
@@ -419,10 +419,19 @@ def test_a_cache_that_is_a_file_is_named(tmp_path: Path, no_model: None) -> None
         test_read.main([*line(tmp_path / "data", tmp_path / "out"), "--cache_dir", str(tmp_path / "file")])
 
 
-@pytest.mark.parametrize("tokens", ["4096", "100000", "9" * 30])
-def test_answers_beyond_the_positions_are_refused_before_anything_is_read(tmp_path: Path, no_model: None, tokens: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ("4096", "--max_new_tokens 4096 leaves no room for a question: the model holds"),
+        ("100000", "--max_new_tokens 100000 leaves no room for a question: the model holds"),
+        ("9" * 30, "--max_new_tokens: must be a whole number from 1 to 1000000000, found 9{30}"),
+    ],
+)
+def test_answers_beyond_the_positions_are_refused_before_anything_is_read(
+    tmp_path: Path, no_model: None, tokens: str, words: str
+) -> None:
     """Not even the data, which is not there."""
-    with pytest.raises(SystemExit, match=f"--max_new_tokens {tokens} leaves no room for a question: the model holds") as error:
+    with pytest.raises(SystemExit, match=words) as error:
         test_read.main([*line(tmp_path / "nowhere", tmp_path / "out"), "--protocol", "generate", "--max_new_tokens", tokens])
     assert error.value.code == 2 and not (tmp_path / "out").exists()
 
