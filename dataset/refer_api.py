@@ -22,7 +22,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from utils.conversation import text_faults
-from utils.files import as_object, read_bytes, read_json, shown, whole_number
+from utils.files import read_bytes, read_object, shown, some_of, whole_number
 from utils.rle import MAX_PIXELS, checked
 
 from .reason_seg import FAR
@@ -135,7 +135,7 @@ class Refer:
         for file in (self.refs_file, self.instances_file):
             if not file.is_file():
                 raise FileNotFoundError(f"{file} does not exist: data set {name} needs it (--dataset_dir {dataset_dir})")
-        instances = as_object(read_json(self.instances_file), str(self.instances_file))
+        instances = read_object(self.instances_file)
         self.images, self.annotations = (self._by_id(instances, part) for part in ("images", "annotations"))
         self.refs = read_pickle(self.refs_file)
         if not isinstance(self.refs, list):
@@ -173,8 +173,7 @@ class Refer:
                 except ValueError as error:
                     raise ValueError(f"{self.refs_file}: ref {number} is broken: {error}") from error
         if empty:
-            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-            log.warning("%s, split %s: left out, as they have no text: %s%s", self.refs_file, split, ", ".join(empty[:5]), more)
+            log.warning("%s, split %s: left out, as they have no text: %s", self.refs_file, split, some_of(empty, mark=", "))
         asked = [picture for picture in found.values() if picture.sentences]
         if not asked:
             splits = ", ".join(sorted({ref["split"] for ref in self.refs})) or "none"

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from utils.conversation import text_faults
-from utils.files import as_object, read_object, read_text, shown, whole_number
+from utils.files import as_object, read_object, read_text, shown, some_of, whole_number
 from utils.image import open_stored, read_image
 
 from . import templates
@@ -31,8 +31,6 @@ MODES, MODE_SHARES = ("true", "denial", "correction"), (0.85, 0.07, 0.08)
 CLASSES = Path(__file__).resolve().parent / "classes"
 MOST_PIXELS = 2**28
 """No picture of a COCO file is larger: a mask of what a damaged file may say would take all memory."""
-SHOWN = 5
-"""So many faults of a file are told, the rest is counted."""
 
 
 @dataclass
@@ -136,8 +134,7 @@ class Parts:
             if _is_id(note.get("image_id")):
                 self.notes.setdefault(note["image_id"], []).append(note)
         if faults:
-            more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-            raise ValueError(f"{file}: {'; '.join(faults[:SHOWN])}{more}")
+            raise ValueError(f"{file}: {some_of(faults)}")
         self.images = [image for number, image in images.items() if self.notes[number]]
         if not self.images:
             raise ValueError(f"{file} has no annotations of its {len(images)} images")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from utils.conversation import CONTROL, IMAGE_TOKEN, text_faults
-from utils.files import parse_json, read_jsonl, read_text, shown
+from utils.files import parse_json, read_jsonl, read_text, shown, some_of
 from utils.image import read_image
 
 from .types import Sample
@@ -99,13 +99,8 @@ def read_dialogues(file: Path) -> Dialogues:
         raise ValueError(f"{file} must be a list of dialogues, and not an empty one")
     if not found.usable:
         left_out = found.broken + found.foreign
-        raise ValueError(f"{file}: none of its {count} dialogues can be used: {_told(left_out)}")
+        raise ValueError(f"{file}: none of its {count} dialogues can be used: {some_of(left_out, SHOWN)}")
     return found
-
-
-def _told(left_out: list[str]) -> str:
-    more = len(left_out) - SHOWN
-    return "; ".join(left_out[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _records(file: Path) -> Iterator[tuple[int, str, Any]]:
@@ -199,7 +194,7 @@ class VqaTraining:
         self.dialogues = found.usable
         if left_out := found.broken + found.foreign:
             count = len(left_out) + len(self.dialogues)
-            log.warning("%s: %d of %d dialogues are left out: %s", self.file, len(left_out), count, _told(left_out))
+            log.warning("%s: %d of %d dialogues are left out: %s", self.file, len(left_out), count, some_of(left_out, SHOWN))
 
     def __len__(self) -> int:
         return len(self.dialogues)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -161,6 +161,12 @@ def shown(value: Any, limit: int = 80) -> str:
     """A value as an error message shows it: its kind and its beginning."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({type(value).__name__})"
+
+
+def some_of(texts: Sequence[str], most: int = 5, mark: str = "; ") -> str:
+    """The first of many texts for a message, and how many more there are."""
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return mark.join([*texts[:most], *more])
 
 
 def whole_number(value: Any, name: str, at_least: int = 1, at_most: int = 10**9) -> int:
