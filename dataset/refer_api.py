@@ -98,7 +98,7 @@ def image_size(image: dict[str, Any], name: str) -> tuple[int, int]:
     Raises:
         ValueError: they are no whole numbers, or too large; the message begins with `name`.
     """
-    height, width = (whole_number(image[side], f"{name}, {side}") for side in ("height", "width"))
+    height, width = (whole_number(image.get(side), f"{name}, {side}") for side in ("height", "width"))
     if height * width > MAX_PIXELS:
         raise ValueError(f"{name}, height and width: {height} x {width} are more than {MAX_PIXELS} pixels")
     return height, width
@@ -110,7 +110,7 @@ def image_name(image: dict[str, Any], name: str) -> str:
     Raises:
         ValueError: it is no text, or empty; the message begins with `name`.
     """
-    file_name = image["file_name"]
+    file_name = image.get("file_name")
     if not isinstance(file_name, str) or not file_name.strip():
         raise ValueError(f"{name}, file_name: must be the name of an image file, found {shown(file_name)}")
     return file_name.replace("\\", "/")
