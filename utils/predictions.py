@@ -114,7 +114,8 @@ def read_records(path: str | Path, lines: Sequence[tuple[int, str]]) -> list[dic
 # ------------------------------------------------------------------------------------------------ what a record is
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """True for a whole number of pixels, images or lines as JSON has it."""
     return type(value) is int and 0 <= value <= MAX_PIXELS
 
 
@@ -157,7 +158,7 @@ def _are_labels(value: Any) -> bool:
 
 FAR = 10**6
 """Pixels; the points of a mask lie less far out on average."""
-COUNT, TEXT, TRUTH = (_is_count, "a whole number, 0 or more"), (_is_text, "text"), (_is_truth, "true, false or null")
+COUNT, TEXT, TRUTH = (is_count, "a whole number, 0 or more"), (_is_text, "text"), (_is_truth, "true, false or null")
 NUMBER = (_is_number, "a number or null")
 REQUIRED = {
     "image_index": COUNT, "question_index": COUNT, "image": TEXT, "question": TEXT, "answer": TEXT, "exists": TRUTH,
