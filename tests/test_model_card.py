@@ -155,7 +155,7 @@ def test_a_card_of_this_program_stays_unless_asked(model):
 def test_a_card_of_somebody_else_stays(model):
     (model / "README.md").write_text("mine")
     for more in ([], ["--overwrite"]):
-        with pytest.raises(SystemExit, match="README.md is there, and this program did not write it: move it away"):
+        with pytest.raises(SystemExit, match="README.md exists and was not made by this command: move it"):
             main([str(model), *more])
     assert (model / "README.md").read_text() == "mine"
 
