@@ -508,7 +508,7 @@ def test_stored_numbers_are_those_of_the_file(tmp_path):
 def test_pictures_of_any_shape_are_segmented(tiny, size):
     """1 x 20000 used to need gigabytes: 336 x 6720000 pixels for CLIP, 24 x 6720000 cells for SasP."""
     model, processor = tiny
-    begun, before = time.monotonic(), memory()
+    begun, before = time.process_time(), memory()
     image = smooth(*size)
     for geometry in ("released", "exact"):
         model.config.sasp = replace(model.config.sasp, geometry=geometry)
@@ -520,7 +520,7 @@ def test_pictures_of_any_shape_are_segmented(tiny, size):
     left = collate([sample(image, answer=None)], processor, training=False, padding="left")
     found = model.generate_segments(**left.model_inputs(), max_new_tokens=2, force_segment=True)
     assert found.segments.mask_logits[0].shape == size
-    assert memory() - before < 400 and time.monotonic() - begun < 20
+    assert memory() - before < 400 and time.process_time() - begun < 20
 
 
 @pytest.mark.parametrize("size", [(2, 3 * SLIM), (200 * SLIM, 150), (3, 3 * SLIM + 1), (7 * SLIM, 6)], ids=str)
@@ -664,9 +664,9 @@ def test_a_file_without_polygons_has_an_empty_target_and_counts(tmp_path, capsys
 )
 def test_odd_shapes_are_drawn_as_the_original_drew_them(tmp_path, capsys, shapes, pixels, note):
     reason(tmp_path, shapes=shapes), reason(tmp_path, "train")
-    begun = time.monotonic()
+    begun = time.process_time()
     assert (build_eval("ReasonSeg", "val", tmp_path)[0].masks == 1).sum() == pixels
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
     assert check(["--dataset_dir", str(tmp_path), "--dataset", "ReasonSeg"]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("note", "broken"))]
     assert [note in line for line in told] == [True] * len(told) and len(told) == (note is not None)
