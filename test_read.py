@@ -35,6 +35,7 @@ from utils.cli import (
     one_line,
     plain_errors,
     positive,
+    split_name,
 )
 from utils.files import write_json
 
@@ -306,14 +307,6 @@ def metrics(paths: list[Path], protocol: str | None) -> str:
             first = first or (told, run)
             lines += [f"WARNING, {told} is not to be compared with {first[0]}: {words}" for words in differences(first[1], run)]
     return "\n".join(lines)
-
-
-def split_name(entry: str) -> tuple[str, str]:
-    """(name, split) of `NAME|SPLIT`."""
-    name, bar, split = entry.partition("|")
-    if not (name and bar and split):
-        raise ValueError(f"--data takes NAME|SPLIT, for example 'ReasonSeg|val', found {entry!r}")
-    return name, split
 
 
 def natural(text: str) -> int:

@@ -74,6 +74,14 @@ def positive(text: str) -> int:
     return number
 
 
+def split_name(entry: str) -> tuple[str, str]:
+    """(name, split) of an entry of --data, NAME|SPLIT; the name may be a path that holds a | itself."""
+    name, _, split = entry.rpartition("|")
+    if not name or not split:
+        raise ValueError(f"--data takes NAME|SPLIT, for example 'ReasonSeg|val', found {entry!r}")
+    return name, split
+
+
 class _SetImageLimit(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
         setattr(namespace, self.dest, values)
