@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--max_new_tokens", type=positive, default=512, help="longest answer (default: 512)")
     parser.add_argument("--chunk", type=positive, default=16, help="expressions that go through the model together (default: 16)")
-    parser.add_argument("--workers", type=natural, help="processes that read pictures ahead (default: by the number of cores)")
+    parser.add_argument("--workers", type=natural, help="processes that read images ahead (default: by the number of cores)")
     parser.add_argument("--limit", type=positive, help="only the first pictures of each data set; the result says so")
     parser.add_argument(
         "--out", type=Path,
@@ -235,7 +235,7 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
                 raise ValueError(f"{name}|{split}: {one_line(error)}") from error
             results.append({**about, **contents, "images_in_split": whole, **scores, "command": command()})
             if scores["images_taken_over"]:
-                tell(world, f"{name}|{split}: {scores['images_taken_over']} pictures taken over from {options.out / file}")
+                tell(world, f"{name}|{split}: {scores['images_taken_over']} images taken over from {options.out / file}")
             if world.is_main:  # written after each data set: what is measured is not lost
                 kept = write_results(options, settings, earlier, results)
         tell(world, "\n".join([heading(options, settings), table(results), *failures(results)]))

@@ -721,7 +721,7 @@ class OwnTraining:
             if asked:
                 break
         else:
-            raise ValueError(f"{self.name}: 100 pictures in a row have shapes that cover no pixel")
+            raise ValueError(f"{self.name}: 100 images in a row have shapes that cover no pixel")
         turns = [[(question(one.text, one.is_sentence, rng), answer(one, rng))] for one in asked]
         masks = masks[[one.exists for one in asked]]
         return _sample(picture, image, asked, masks, turns, dataset=self.name, split="train")

@@ -146,10 +146,10 @@ def outline(points: Any) -> np.ndarray:
     try:
         found = np.array(points, dtype=float).reshape(-1, 2)
     except OverflowError as error:  # a whole number of 400 digits
-        raise ValueError(f"points: hold a number that is no place in or near a picture: {error}") from error
+        raise ValueError(f"points: hold a number that is no place in or near an image: {error}") from error
     wrong = ~(np.abs(found) <= FAR).all(axis=1)  # NaN compares as false
     if wrong.any():
-        raise ValueError(f"points: {found[wrong][0].tolist()} is no place in or near a picture")
+        raise ValueError(f"points: {found[wrong][0].tolist()} is no place in or near an image")
     return found
 
 

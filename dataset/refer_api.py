@@ -282,7 +282,7 @@ def _rle(part: Any, height: int, width: int) -> dict[str, Any] | None:
     if points.ndim != 1 or len(points) % 2:
         raise ValueError(f"a polygon must be a list of numbers x, y, x, y, ..., found the shape {points.shape}")
     if not (np.abs(points) <= FAR).all():  # NaN compares as false
-        raise ValueError("a polygon has a point that is no place in or near a picture")
+        raise ValueError("a polygon has a point that is no place in or near an image")
     if len(points) < 6:  # pycocotools would take 4 numbers for a box
         return None
     corners = points.reshape(-1, 2)

@@ -313,7 +313,7 @@ class SemSegTraining:
                 continue
             break
         else:
-            raise ValueError(f"{self.name}: 100 pictures in a row show nothing that could be asked for and drawn")
+            raise ValueError(f"{self.name}: 100 images in a row show nothing that could be asked for and drawn")
         if mode == "true":
             asked = [name.lower() for name, _ in present]
             replies = [pick(templates.SHORT_ANSWER, rng).format(class_name=name) for name in asked]
@@ -337,5 +337,5 @@ class SemSegTraining:
 
     def _count(self, error: DrawingError) -> None:
         if str(error) not in self.redrawn:
-            log.warning("%s: another picture is drawn instead", error)
+            log.warning("%s: another image is drawn instead", error)
         self.redrawn[str(error)] += 1

@@ -128,13 +128,13 @@ def _dialogue(record: Any, number: int) -> Dialogue:
     for name in ("image", "conversations"):
         if name not in record:
             fault = f"lacks the field {name!r}"
-            raise Foreign(f"{fault}: it is about no picture") if name == "image" else ValueError(fault)
+            raise Foreign(f"{fault}: it is about no image") if name == "image" else ValueError(fault)
     return Dialogue(_turns(record["conversations"]), _image(record["image"]), record.get("id", number))
 
 
 def _image(image: Any) -> str:
     if image is None:
-        raise Foreign("has the image null: it is about no picture")
+        raise Foreign("has the image null: it is about no image")
     if isinstance(image, list):
         raise Foreign(f"has a list of {len(image)} images, and one is wanted")
     if not isinstance(image, str) or not image.strip():

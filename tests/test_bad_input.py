@@ -678,7 +678,7 @@ def test_odd_shapes_are_drawn_as_the_original_drew_them(tmp_path, capsys, shapes
         ({"shapes": [shape(*SQUARE), shape([NAN, 1], [5, 5], [9, 1])]}, r", shapes\[1\]: points: \[nan, 1.0\] is no place"),
         ({"shapes": [shape([None, 1], [5, 5], [9, 1])]}, r", shapes\[0\]: points: must be pairs .* found \[None, 1\]"),
         ({"shapes": [shape([float("inf"), 1], [5, 5], [9, 1])]}, r", shapes\[0\]: points: \[inf, 1.0\] is no place"),
-        ({"shapes": [shape([3e9, 0], [5, 5], [9, 1])]}, r", shapes\[0\]: points: .* is no place in or near a picture"),
+        ({"shapes": [shape([3e9, 0], [5, 5], [9, 1])]}, r", shapes\[0\]: points: .* is no place in or near an image"),
         ({"shapes": [shape()]}, r", shapes\[0\]: points: is empty"),
         ({"shapes": [shape([1, 2, 3], [4, 5, 6])]}, r", shapes\[0\]: points: must be pairs"),
         ({"shapes": [shape([1, 2], [4])]}, r", shapes\[0\]: points: must be pairs"),
@@ -1021,7 +1021,7 @@ def test_names_of_pictures_and_lines_of_json(tmp_path, caplog, image, name):
 @pytest.mark.parametrize(
     ("fields", "words", "status"),
     [
-        ({"image": None}, "has the image null: it is about no picture", 0),
+        ({"image": None}, "has the image null: it is about no image", 0),
         ({"image": ["a.jpg", "1.jpg"]}, "has a list of 2 images", 0),
         ({"image": "gqa/images/1.jpg"}, "has an image of another folder than coco/train2017: 'gqa/images/1.jpg'", 0),
         ({"image": "/data/coco/train2017/1.jpg"}, "has an image of another folder", 0),
@@ -1127,11 +1127,11 @@ def test_annotations_that_cannot_be_drawn_are_drawn_anew_and_counted(tmp_path, c
     assert true and all(Path(sample.image_path).name == "b.jpg" and sample.masks.any() for sample in true)
     ((fault, count),) = data.redrawn.items()
     assert "paco_lvis_v1_train.json, annotation 10, segmentation: " in fault and count > 3
-    assert [record.getMessage() for record in caplog.records] == [f"{fault}: another picture is drawn instead"]
+    assert [record.getMessage() for record in caplog.records] == [f"{fault}: another image is drawn instead"]
     assert check(["--dataset_dir", str(tmp_path), "--dataset", "paco_lvis"]) == 2
     assert "annotation 10, segmentation: " in capsys.readouterr().out
     paco(tmp_path, lambda content: content["annotations"].pop(), segmentation)
-    with pytest.raises(ValueError, match="paco_lvis: 100 pictures in a row"):
+    with pytest.raises(ValueError, match="paco_lvis: 100 images in a row"):
         for seed in range(9):
             SemSegTraining(tmp_path, "paco_lvis").draw(np.random.default_rng(seed))
 

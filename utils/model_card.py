@@ -232,7 +232,7 @@ def scores(config: READConfig, evaluations: Sequence[dict[str, Any]], record: di
         for result in found["results"]:
             values = [f"{100 * result[metric]:.1f}" if result.get(metric) is not None else "" for metric in METRICS]
             failed = result.get("failed")
-            lost = f", {len(failed)} pictures failed and left out" if failed else ""
+            lost = f", {len(failed)} images failed and left out" if failed else ""
             data = f"{result['dataset']} {result['split']}{lost}"
             lines.append(" | ".join(["", data, protocol(found, config), *values, ""]).strip())
     if lines:
