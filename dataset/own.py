@@ -230,7 +230,7 @@ def _rows(file: Path, faults: list[str]) -> Iterator[tuple[int, dict[str, str]]]
     if separator := SEPARATOR.fullmatch(header):
         delimiter, before = separator[1], 1
         text = re.split(r"\r\n|\r|\n", text, maxsplit=1)[-1]
-    # strict: a quote that is never closed would swallow the rest of the table without a word
+    # strict: a quote that is never closed would hide the rest of the table without an error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]

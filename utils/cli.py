@@ -191,7 +191,7 @@ def plain_errors(program: str) -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except BrokenPipeError:  # `... | head`: nobody reads on
+    except BrokenPipeError:  # of `... | head`, which has ended
         sys.stderr.close()
         os._exit(141)
     except (OSError, ValueError) as error:
