@@ -378,7 +378,7 @@ def earlier_rows(
     Raises:
         ValueError: it is none of this program's, or its rows are of other settings; the message names them.
     """
-    from utils.prediction_log import differing
+    from utils.prediction_log import check_settings, differing
     from utils.scores import read_results
 
     file = out / "results.json"
@@ -388,8 +388,8 @@ def earlier_rows(
         record = read_results(out)
     except ValueError as error:
         raise ValueError(f"{error}; move it away, or choose another --out") from None
-    told = differing({name: record.get(name) for name in settings}, json.loads(json.dumps(settings)))
-    if told is None:
+    before, now = {name: record.get(name) for name in settings}, json.loads(json.dumps(settings))
+    if (told := differing(before, now)) is None:
         return record["results"]
     others = [f"{row['dataset']}|{row['split']}" for row in record["results"] if (row["dataset"], row["split"]) not in pairs]
     if others:
@@ -397,10 +397,7 @@ def earlier_rows(
             f"{file} holds {', '.join(others)} under other settings: choose another --out. Settings that differ: {told}"
         )
     if not overwrite and record["results"]:
-        raise ValueError(
-            f"{file} is of an evaluation under other settings: choose another --out, or throw it away with --overwrite. "
-            f"Settings that differ: {told}"
-        )
+        check_settings(file, before, now)
     return []
 
 
