@@ -109,7 +109,7 @@ def chat(demo: Demo, path: str | None, picture: np.ndarray | None, prompts: list
                 return 0
             try:
                 picture = read_image(os.path.expanduser(path))
-            except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
+            except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
                 print(one_line(error))
         demo.forget()
         while prompt := (prompts.pop(0) if prompts else listen("question> ")):

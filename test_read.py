@@ -26,8 +26,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, load_model, one_line, plain_errors, positive
-from utils.files import read_object, write_json
+from utils.cli import (
+    DEFAULT_MODEL,
+    add_image_flags,
+    add_model_flags,
+    check_max_new_tokens,
+    load_model,
+    one_line,
+    plain_errors,
+    positive,
+    split_name,
+)
+from utils.files import write_json
 
 if TYPE_CHECKING:
     from model import READForCausalLM
@@ -35,6 +45,8 @@ if TYPE_CHECKING:
 
 RELEASED_WORDING = "vicuna_v1"
 """What the original's generation said, unlike its training (§8-1)."""
+SHOWN = 5
+"""So many failed images of a data set are printed, the rest is counted."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--max_new_tokens", type=positive, default=512, help="longest answer (default: 512)")
     parser.add_argument("--chunk", type=positive, default=16, help="expressions that go through the model together (default: 16)")
-    parser.add_argument("--workers", type=natural, help="processes that read pictures ahead (default: by the number of cores)")
+    parser.add_argument("--workers", type=natural, help="processes that read images ahead (default: by the number of cores)")
     parser.add_argument("--limit", type=positive, help="only the first pictures of each data set; the result says so")
     parser.add_argument(
         "--out", type=Path,
@@ -163,8 +175,8 @@ def stopped_by_signals() -> Iterator[None]:
 def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
     """Measures the data sets (name, split) one after the other; each is on disk as soon as it is done."""
     options.version = options.version or DEFAULT_MODEL
-    if options.protocol == "generate":
-        check_answer_length(options)
+    if options.protocol == "generate" and Path(options.version).is_dir():  # of the hub, it is known once the model is loaded
+        check_max_new_tokens(options.version, options.max_new_tokens, options.vision_tower)
     import torch
 
     from dataset import build_eval
@@ -223,7 +235,7 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
                 raise ValueError(f"{name}|{split}: {one_line(error)}") from error
             results.append({**about, **contents, "images_in_split": whole, **scores, "command": command()})
             if scores["images_taken_over"]:
-                tell(world, f"{name}|{split}: {scores['images_taken_over']} pictures taken over from {options.out / file}")
+                tell(world, f"{name}|{split}: {scores['images_taken_over']} images taken over from {options.out / file}")
             if world.is_main:  # written after each data set: what is measured is not lost
                 kept = write_results(options, settings, earlier, results)
         tell(world, "\n".join([heading(options, settings), table(results), *failures(results)]))
@@ -235,22 +247,6 @@ def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
 
 
 DEFAULT_OUT = Path("runs/eval")
-
-
-def check_answer_length(options: argparse.Namespace) -> None:
-    """Refuses a --max_new_tokens beyond what a model folder's config.json allows, before anything is loaded."""
-    from utils.evaluate import check_answer_length
-
-    file = Path(options.version) / "config.json"
-    if not file.is_file():
-        return  # of the hub, where it is known once the model is loaded
-    fields = read_object(file)
-    parts = fields["llava"] if isinstance(fields.get("llava"), dict) else {"text_config": fields}
-    text, vision = (part if isinstance(part := parts.get(name), dict) else {} for name in ("text_config", "vision_config"))
-    positions, size, patch = text.get("max_position_embeddings"), vision.get("image_size"), vision.get("patch_size")
-    if type(positions) is int:
-        patches = (size // patch) ** 2 if type(size) is type(patch) is int and patch > 0 else None
-        check_answer_length(options.max_new_tokens, positions, patches)
 
 
 @contextlib.contextmanager
@@ -267,21 +263,15 @@ def only_writer(options: argparse.Namespace, world: World) -> Iterator[None]:
     own = {f"--data {entry}": split_name(entry)[0] for entry in options.data}
     inputs = {"--version": options.version, "--vision_tower": options.vision_tower, "--dataset_dir": options.dataset_dir, **own}
     folder = OutputFolder(options.out, "evaluate", inputs)
-    fault: OSError | ValueError | None = None
     with contextlib.ExitStack() as held:
-        if world.is_main:
-            try:
-                folder.check(overwrite=True)
-                make_folder(folder.path, "--out")
-                held.enter_context(folder.lock())
-                folder.mark()
-            except (OSError, ValueError) as error:
-                fault = error
-        failed = distributed.any_rank(fault is not None)
-        if fault is not None:
-            raise fault
-        if failed:
-            raise SystemExit(2)
+
+        def claim() -> None:
+            folder.check(overwrite=True)
+            make_folder(folder.path, "--out")
+            held.enter_context(folder.lock())
+            folder.mark()
+
+        distributed.main_first(world, claim)
         yield
 
 
@@ -319,19 +309,11 @@ def metrics(paths: list[Path], protocol: str | None) -> str:
     return "\n".join(lines)
 
 
-def split_name(entry: str) -> tuple[str, str]:
-    """(name, split) of `NAME|SPLIT`."""
-    name, bar, split = entry.partition("|")
-    if not (name and bar and split):
-        raise ValueError(f"--data takes NAME|SPLIT, for example 'ReasonSeg|val', found {entry!r}")
-    return name, split
-
-
-def natural(text: str, least: int = 0) -> int:
-    """A flag's value that must be a whole number, `least` or more."""
+def natural(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
     value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be {least} or more, found {text}")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, found {text}")
     return value
 
 
@@ -396,7 +378,7 @@ def earlier_rows(
     Raises:
         ValueError: it is none of this program's, or its rows are of other settings; the message names them.
     """
-    from utils.prediction_log import differing
+    from utils.prediction_log import check_settings, differing
     from utils.scores import read_results
 
     file = out / "results.json"
@@ -406,8 +388,8 @@ def earlier_rows(
         record = read_results(out)
     except ValueError as error:
         raise ValueError(f"{error}; move it away, or choose another --out") from None
-    told = differing({name: record.get(name) for name in settings}, json.loads(json.dumps(settings)))
-    if told is None:
+    before, now = {name: record.get(name) for name in settings}, json.loads(json.dumps(settings))
+    if (told := differing(before, now)) is None:
         return record["results"]
     others = [f"{row['dataset']}|{row['split']}" for row in record["results"] if (row["dataset"], row["split"]) not in pairs]
     if others:
@@ -415,10 +397,7 @@ def earlier_rows(
             f"{file} holds {', '.join(others)} under other settings: choose another --out. Settings that differ: {told}"
         )
     if not overwrite and record["results"]:
-        raise ValueError(
-            f"{file} is of an evaluation under other settings: choose another --out, or throw it away with --overwrite. "
-            f"Settings that differ: {told}"
-        )
+        check_settings(file, before, now)
     return []
 
 
@@ -463,15 +442,15 @@ def heading(options: argparse.Namespace, settings: dict[str, Any]) -> str:
     return " · ".join(words)
 
 
-def failures(results: list[dict[str, Any]], shown: int = 5) -> list[str]:
+def failures(results: list[dict[str, Any]]) -> list[str]:
     """Lines about the pictures that are not in the scores."""
     lines = []
     for result in results:
         if failed := result["failed"]:
             pictures = f"{len(failed)} picture{'s' * (len(failed) > 1)} of {result.get('images_in_split', 'unknown number')}"
             lines.append(f"{result['dataset']}|{result['split']}: {pictures} FAILED and not in these scores:")
-            lines += [f"  picture {entry['image_index']}: {entry['error']}" for entry in failed[:shown]]
-            lines += [f"  ... and {len(failed) - shown} more, see results.json"] if len(failed) > shown else []
+            lines += [f"  picture {entry['image_index']}: {entry['error']}" for entry in failed[:SHOWN]]
+            lines += [f"  ... and {len(failed) - SHOWN} more, see results.json"] if len(failed) > SHOWN else []
     return lines
 
 

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.max_megapixels is not None:
             limit_images(args.max_megapixels)
         if args.dry_run:
-            if distributed.environment()[0] == 0:  # under a launcher one process speaks
+            if distributed.environment()[0] == 0:  # under a launcher only the first process prints
                 dry_run(args)
             return
         try:

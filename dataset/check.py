@@ -181,7 +181,7 @@ def _sem_seg(report: Report, root: Path) -> Iterator[Picture]:
             try:
                 mask()
             except ValueError as error:
-                report.faults.append(f"{one_line(error)}; training draws another picture instead")
+                report.faults.append(f"{one_line(error)}; training draws another image instead")
         yield content.path, content.size
 
 

@@ -6,10 +6,12 @@ take longer than much training does. Where the data lies does not count.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from utils.content import content_name, file_name
 
 from .mixture import Drawable, Mixture
 from .own import OwnTraining
@@ -27,26 +29,12 @@ def fingerprint(mixture: Mixture) -> dict[str, str]:
 
 
 def _digest(drawn: Drawable) -> str:
-    digest = hashlib.sha256()
+    found: list[Any] = []
     for member in drawn.members:
-        digest.update(f"{type(member).__name__} {len(member)}\n".encode())
-        for file in dict.fromkeys(files_of(member)):
-            digest.update(f"{file.name} {_facts(file)}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()[:16]
-
-
-def _facts(file: Path) -> str:
-    try:
-        if file.suffix in TEXTS:
-            content = hashlib.sha256()
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    content.update(block)
-            return content.hexdigest()
-        stat = file.stat()
-        return f"{stat.st_size} {stat.st_mtime_ns}"
-    except OSError:  # a broken sample, which training counts
-        return "missing"
+        found.append([type(member).__name__, len(member)])
+        for file in dict.fromkeys(files_of(member)):  # one that is missing is a broken sample, which training counts
+            found.append([file.name, file] if file.suffix in TEXTS else file_name(file))
+    return content_name(found)[:16]
 
 
 def files_of(member: Drawable) -> Iterator[Path]:

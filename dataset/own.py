@@ -71,7 +71,7 @@ from PIL import Image
 
 from utils.content import content_name
 from utils.conversation import text_faults
-from utils.files import parse_json, read_json, read_text, shown, whole_number
+from utils.files import parse_json, read_json, read_text, shown, some_of, whole_number
 from utils.image import open_stored, read_image
 from utils.rle import MAX_PIXELS
 
@@ -118,8 +118,7 @@ class OwnDataError(ValueError):
 
     def __init__(self, path: Path, faults: Sequence[str]) -> None:
         self.faults = [fault if fault.startswith(f"{path}{os.sep}") else f"{path}: {fault}" for fault in faults]
-        more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        super().__init__("\n  ".join([f"{path} cannot be used:", *faults[:SHOWN], *more]))
+        super().__init__(f"{path} cannot be used:\n  " + some_of(faults, SHOWN, "\n  "))
 
 
 @dataclass
@@ -231,7 +230,7 @@ def _rows(file: Path, faults: list[str]) -> Iterator[tuple[int, dict[str, str]]]
     if separator := SEPARATOR.fullmatch(header):
         delimiter, before = separator[1], 1
         text = re.split(r"\r\n|\r|\n", text, maxsplit=1)[-1]
-    # strict: a quote that is never closed would swallow the rest of the table without a word
+    # strict: a quote that is never closed would hide the rest of the table without an error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
@@ -622,7 +621,7 @@ def _json_files(folder: Path) -> list[Path]:
 def _pass_over(folder: Path, others: Sequence[Path]) -> None:
     """Names the .json files that are no data in a warning."""
     if others:
-        told = ", ".join(file.name for file in others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        told = some_of([file.name for file in others], mark=", ")
         log.warning("%s: passed over, as they are neither COCO nor LabelMe files: %s", folder, told)
 
 
@@ -722,7 +721,7 @@ class OwnTraining:
             if asked:
                 break
         else:
-            raise ValueError(f"{self.name}: 100 pictures in a row have shapes that cover no pixel")
+            raise ValueError(f"{self.name}: 100 images in a row have shapes that cover no pixel")
         turns = [[(question(one.text, one.is_sentence, rng), answer(one, rng))] for one in asked]
         masks = masks[[one.exists for one in asked]]
         return _sample(picture, image, asked, masks, turns, dataset=self.name, split="train")

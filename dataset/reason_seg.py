@@ -25,7 +25,7 @@ import numpy as np
 
 from utils.cli import one_line
 from utils.conversation import text_faults
-from utils.files import as_object, read_json, shown
+from utils.files import as_object, read_json, shown, some_of
 from utils.image import read_image
 
 from . import templates
@@ -41,8 +41,6 @@ DRAWN_BY_POINTS = ("polygon", "line", "linestrip", "point")
 """Values of `shape_type` whose points are an outline, a line or a dot, as they are drawn."""
 FOUR_CORNERS = ("rectangle", "rotation", "quadrilateral")
 """Values of `shape_type` that are polygons too, if four corners are given."""
-SHOWN = 5
-"""So many faults of a split are told, the rest is counted."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +146,10 @@ def outline(points: Any) -> np.ndarray:
     try:
         found = np.array(points, dtype=float).reshape(-1, 2)
     except OverflowError as error:  # a whole number of 400 digits
-        raise ValueError(f"points: hold a number that is no place in or near a picture: {error}") from error
+        raise ValueError(f"points: hold a number that is no place in or near an image: {error}") from error
     wrong = ~(np.abs(found) <= FAR).all(axis=1)  # NaN compares as false
     if wrong.any():
-        raise ValueError(f"points: {found[wrong][0].tolist()} is no place in or near a picture")
+        raise ValueError(f"points: {found[wrong][0].tolist()} is no place in or near an image")
     return found
 
 
@@ -198,7 +196,7 @@ def list_files(dataset_dir: str | Path, splits: Sequence[str], whole: bool = Fal
         pairs += [(picture, picture.with_suffix(".json")) for picture in sorted({*_pictures(root / split), *notes})]
     missing = [file for pair in pairs for file in pair if whole and not file.is_file()]
     if missing:
-        told = ", ".join(map(str, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        told = some_of(list(map(str, missing)), mark=", ")
         raise FileNotFoundError(f"{told}: does not exist, but the other file of its pair does")
     return pairs
 
@@ -226,8 +224,7 @@ def read_annotations(pairs: Sequence[tuple[Path, Path]], tolerant: bool = False)
             found.append(error)
     faults = [note for note in found if isinstance(note, Exception)]
     if faults and not (tolerant and len(faults) < len(found)):
-        told = "; ".join(map(one_line, faults[:SHOWN])) + (f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else "")
-        raise ValueError(told) from faults[0]
+        raise ValueError(some_of(list(map(one_line, faults)))) from faults[0]
     return found
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from utils.conversation import text_faults
-from utils.files import as_object, read_bytes, read_json, shown, whole_number
+from utils.files import read_bytes, read_object, shown, some_of, whole_number
 from utils.rle import MAX_PIXELS, checked
 
 from .reason_seg import FAR
@@ -98,7 +98,7 @@ def image_size(image: dict[str, Any], name: str) -> tuple[int, int]:
     Raises:
         ValueError: they are no whole numbers, or too large; the message begins with `name`.
     """
-    height, width = (whole_number(image[side], f"{name}, {side}") for side in ("height", "width"))
+    height, width = (whole_number(image.get(side), f"{name}, {side}") for side in ("height", "width"))
     if height * width > MAX_PIXELS:
         raise ValueError(f"{name}, height and width: {height} x {width} are more than {MAX_PIXELS} pixels")
     return height, width
@@ -110,7 +110,7 @@ def image_name(image: dict[str, Any], name: str) -> str:
     Raises:
         ValueError: it is no text, or empty; the message begins with `name`.
     """
-    file_name = image["file_name"]
+    file_name = image.get("file_name")
     if not isinstance(file_name, str) or not file_name.strip():
         raise ValueError(f"{name}, file_name: must be the name of an image file, found {shown(file_name)}")
     return file_name.replace("\\", "/")
@@ -135,7 +135,7 @@ class Refer:
         for file in (self.refs_file, self.instances_file):
             if not file.is_file():
                 raise FileNotFoundError(f"{file} does not exist: data set {name} needs it (--dataset_dir {dataset_dir})")
-        instances = as_object(read_json(self.instances_file), str(self.instances_file))
+        instances = read_object(self.instances_file)
         self.images, self.annotations = (self._by_id(instances, part) for part in ("images", "annotations"))
         self.refs = read_pickle(self.refs_file)
         if not isinstance(self.refs, list):
@@ -173,8 +173,7 @@ class Refer:
                 except ValueError as error:
                     raise ValueError(f"{self.refs_file}: ref {number} is broken: {error}") from error
         if empty:
-            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-            log.warning("%s, split %s: left out, as they have no text: %s%s", self.refs_file, split, ", ".join(empty[:5]), more)
+            log.warning("%s, split %s: left out, as they have no text: %s", self.refs_file, split, some_of(empty, mark=", "))
         asked = [picture for picture in found.values() if picture.sentences]
         if not asked:
             splits = ", ".join(sorted({ref["split"] for ref in self.refs})) or "none"
@@ -283,7 +282,7 @@ def _rle(part: Any, height: int, width: int) -> dict[str, Any] | None:
     if points.ndim != 1 or len(points) % 2:
         raise ValueError(f"a polygon must be a list of numbers x, y, x, y, ..., found the shape {points.shape}")
     if not (np.abs(points) <= FAR).all():  # NaN compares as false
-        raise ValueError("a polygon has a point that is no place in or near a picture")
+        raise ValueError("a polygon has a point that is no place in or near an image")
     if len(points) < 6:  # pycocotools would take 4 numbers for a box
         return None
     corners = points.reshape(-1, 2)

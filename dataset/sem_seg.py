@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from utils.conversation import text_faults
-from utils.files import as_object, read_object, read_text, shown, whole_number
+from utils.files import as_object, read_object, read_text, shown, some_of
 from utils.image import open_stored, read_image
 
 from . import templates
 from .draw import choose, pick
-from .refer_api import draw_segmentation
+from .refer_api import draw_segmentation, id_faults, image_name, image_size, is_id
 from .types import Sample
 
 log = logging.getLogger(__name__)
@@ -29,10 +29,6 @@ log = logging.getLogger(__name__)
 UNLABELLED = 255
 MODES, MODE_SHARES = ("true", "denial", "correction"), (0.85, 0.07, 0.08)
 CLASSES = Path(__file__).resolve().parent / "classes"
-MOST_PIXELS = 2**28
-"""No picture of a COCO file is larger: a mask of what a damaged file may say would take all memory."""
-SHOWN = 5
-"""So many faults of a file are told, the rest is counted."""
 
 
 @dataclass
@@ -119,7 +115,10 @@ class Parts:
         faults: list[str] = []
         images, notes, categories = (self._by_id(content, part, faults) for part in ("images", "annotations", "categories"))
         for number, image in images.items():
-            faults += _image_faults(image, f"image {shown(number)}")
+            try:
+                image_name(image, f"image {shown(number)}"), image_size(image, f"image {shown(number)}")
+            except ValueError as error:
+                faults.append(str(error))
         self.names: dict[Any, tuple[str, ...]] = {}
         for number, category in categories.items():
             name = category.get("name")
@@ -131,31 +130,24 @@ class Parts:
         self.notes: dict[Any, list[dict[str, Any]]] = {number: [] for number in images}
         for number, note in notes.items():
             for name, known in (("image_id", images), ("category_id", categories)):
-                if not _is_id(note.get(name)) or note[name] not in known:
+                if not is_id(note.get(name)) or note[name] not in known:
                     faults.append(f"annotation {shown(number)}, {name}: there is no {shown(note.get(name))}")
-            if _is_id(note.get("image_id")):
+            if is_id(note.get("image_id")):
                 self.notes.setdefault(note["image_id"], []).append(note)
         if faults:
-            more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-            raise ValueError(f"{file}: {'; '.join(faults[:SHOWN])}{more}")
+            raise ValueError(f"{file}: {some_of(faults)}")
         self.images = [image for number, image in images.items() if self.notes[number]]
         if not self.images:
             raise ValueError(f"{file} has no annotations of its {len(images)} images")
 
     def _by_id(self, content: dict[str, Any], part: str, faults: list[str]) -> dict[Any, dict[str, Any]]:
         """Records of a list by their ids; what is wrong with them goes to `faults`."""
-        if not isinstance(content.get(part), list):
-            found = f"found {shown(content[part])}" if part in content else "and it lacks it"
+        records = content.get(part)
+        if not isinstance(records, list):
+            found = f"found {shown(records)}" if part in content else "and it lacks it"
             raise ValueError(f"{self.file} is no COCO file: its field {part!r} must be a list, {found}")
-        found: dict[Any, dict[str, Any]] = {}
-        for number, record in enumerate(content[part]):
-            if not isinstance(record, dict) or not _is_id(record.get("id")):
-                faults.append(f"{part}[{number}] has no id: {shown(record)}")
-            elif record["id"] in found:
-                faults.append(f"{part}[{number}], id: {shown(record['id'])} is there twice")
-            else:
-                found[record["id"]] = record
-        return found
+        faults += id_faults(records, part)
+        return {record["id"]: record for record in records if isinstance(record, dict) and is_id(record.get("id"))}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -198,22 +190,6 @@ class Parts:
 
 class DrawingError(ValueError):
     """An annotation that cannot be drawn."""
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
-
-
-def _image_faults(image: dict[str, Any], where: str) -> Iterator[str]:
-    name = image.get("file_name")
-    if not isinstance(name, str) or not name.strip():
-        yield f"{where}, file_name: must be a file name, found {shown(name)}"
-    try:
-        sides = [whole_number(image.get(side), f"{where}, {side}") for side in ("height", "width")]
-        if sides[0] * sides[1] > MOST_PIXELS:
-            yield f"{where}: {sides[0]} x {sides[1]} is no size of a picture"
-    except ValueError as error:
-        yield str(error)
 
 
 # ------------------------------------------------------------------------------------------------ the five sets
@@ -337,7 +313,7 @@ class SemSegTraining:
                 continue
             break
         else:
-            raise ValueError(f"{self.name}: 100 pictures in a row show nothing that could be asked for and drawn")
+            raise ValueError(f"{self.name}: 100 images in a row show nothing that could be asked for and drawn")
         if mode == "true":
             asked = [name.lower() for name, _ in present]
             replies = [pick(templates.SHORT_ANSWER, rng).format(class_name=name) for name in asked]
@@ -361,5 +337,5 @@ class SemSegTraining:
 
     def _count(self, error: DrawingError) -> None:
         if str(error) not in self.redrawn:
-            log.warning("%s: another picture is drawn instead", error)
+            log.warning("%s: another image is drawn instead", error)
         self.redrawn[str(error)] += 1

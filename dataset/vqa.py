@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from utils.conversation import CONTROL, IMAGE_TOKEN, text_faults
-from utils.files import parse_json, read_jsonl, read_text, shown
+from utils.files import parse_json, read_jsonl, read_text, shown, some_of
 from utils.image import read_image
 
 from .types import Sample
@@ -99,13 +99,8 @@ def read_dialogues(file: Path) -> Dialogues:
         raise ValueError(f"{file} must be a list of dialogues, and not an empty one")
     if not found.usable:
         left_out = found.broken + found.foreign
-        raise ValueError(f"{file}: none of its {count} dialogues can be used: {_told(left_out)}")
+        raise ValueError(f"{file}: none of its {count} dialogues can be used: {some_of(left_out, SHOWN)}")
     return found
-
-
-def _told(left_out: list[str]) -> str:
-    more = len(left_out) - SHOWN
-    return "; ".join(left_out[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _records(file: Path) -> Iterator[tuple[int, str, Any]]:
@@ -133,13 +128,13 @@ def _dialogue(record: Any, number: int) -> Dialogue:
     for name in ("image", "conversations"):
         if name not in record:
             fault = f"lacks the field {name!r}"
-            raise Foreign(f"{fault}: it is about no picture") if name == "image" else ValueError(fault)
+            raise Foreign(f"{fault}: it is about no image") if name == "image" else ValueError(fault)
     return Dialogue(_turns(record["conversations"]), _image(record["image"]), record.get("id", number))
 
 
 def _image(image: Any) -> str:
     if image is None:
-        raise Foreign("has the image null: it is about no picture")
+        raise Foreign("has the image null: it is about no image")
     if isinstance(image, list):
         raise Foreign(f"has a list of {len(image)} images, and one is wanted")
     if not isinstance(image, str) or not image.strip():
@@ -199,7 +194,7 @@ class VqaTraining:
         self.dialogues = found.usable
         if left_out := found.broken + found.foreign:
             count = len(left_out) + len(self.dialogues)
-            log.warning("%s: %d of %d dialogues are left out: %s", self.file, len(left_out), count, _told(left_out))
+            log.warning("%s: %d of %d dialogues are left out: %s", self.file, len(left_out), count, some_of(left_out, SHOWN))
 
     def __len__(self) -> int:
         return len(self.dialogues)

@@ -508,7 +508,7 @@ def test_stored_numbers_are_those_of_the_file(tmp_path):
 def test_pictures_of_any_shape_are_segmented(tiny, size):
     """1 x 20000 used to need gigabytes: 336 x 6720000 pixels for CLIP, 24 x 6720000 cells for SasP."""
     model, processor = tiny
-    begun, before = time.monotonic(), memory()
+    begun, before = time.process_time(), memory()
     image = smooth(*size)
     for geometry in ("released", "exact"):
         model.config.sasp = replace(model.config.sasp, geometry=geometry)
@@ -520,7 +520,7 @@ def test_pictures_of_any_shape_are_segmented(tiny, size):
     left = collate([sample(image, answer=None)], processor, training=False, padding="left")
     found = model.generate_segments(**left.model_inputs(), max_new_tokens=2, force_segment=True)
     assert found.segments.mask_logits[0].shape == size
-    assert memory() - before < 400 and time.monotonic() - begun < 20
+    assert memory() - before < 400 and time.process_time() - begun < 20
 
 
 @pytest.mark.parametrize("size", [(2, 3 * SLIM), (200 * SLIM, 150), (3, 3 * SLIM + 1), (7 * SLIM, 6)], ids=str)
@@ -664,9 +664,9 @@ def test_a_file_without_polygons_has_an_empty_target_and_counts(tmp_path, capsys
 )
 def test_odd_shapes_are_drawn_as_the_original_drew_them(tmp_path, capsys, shapes, pixels, note):
     reason(tmp_path, shapes=shapes), reason(tmp_path, "train")
-    begun = time.monotonic()
+    begun = time.process_time()
     assert (build_eval("ReasonSeg", "val", tmp_path)[0].masks == 1).sum() == pixels
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
     assert check(["--dataset_dir", str(tmp_path), "--dataset", "ReasonSeg"]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("note", "broken"))]
     assert [note in line for line in told] == [True] * len(told) and len(told) == (note is not None)
@@ -678,7 +678,7 @@ def test_odd_shapes_are_drawn_as_the_original_drew_them(tmp_path, capsys, shapes
         ({"shapes": [shape(*SQUARE), shape([NAN, 1], [5, 5], [9, 1])]}, r", shapes\[1\]: points: \[nan, 1.0\] is no place"),
         ({"shapes": [shape([None, 1], [5, 5], [9, 1])]}, r", shapes\[0\]: points: must be pairs .* found \[None, 1\]"),
         ({"shapes": [shape([float("inf"), 1], [5, 5], [9, 1])]}, r", shapes\[0\]: points: \[inf, 1.0\] is no place"),
-        ({"shapes": [shape([3e9, 0], [5, 5], [9, 1])]}, r", shapes\[0\]: points: .* is no place in or near a picture"),
+        ({"shapes": [shape([3e9, 0], [5, 5], [9, 1])]}, r", shapes\[0\]: points: .* is no place in or near an image"),
         ({"shapes": [shape()]}, r", shapes\[0\]: points: is empty"),
         ({"shapes": [shape([1, 2, 3], [4, 5, 6])]}, r", shapes\[0\]: points: must be pairs"),
         ({"shapes": [shape([1, 2], [4])]}, r", shapes\[0\]: points: must be pairs"),
@@ -1021,7 +1021,7 @@ def test_names_of_pictures_and_lines_of_json(tmp_path, caplog, image, name):
 @pytest.mark.parametrize(
     ("fields", "words", "status"),
     [
-        ({"image": None}, "has the image null: it is about no picture", 0),
+        ({"image": None}, "has the image null: it is about no image", 0),
         ({"image": ["a.jpg", "1.jpg"]}, "has a list of 2 images", 0),
         ({"image": "gqa/images/1.jpg"}, "has an image of another folder than coco/train2017: 'gqa/images/1.jpg'", 0),
         ({"image": "/data/coco/train2017/1.jpg"}, "has an image of another folder", 0),
@@ -1127,11 +1127,11 @@ def test_annotations_that_cannot_be_drawn_are_drawn_anew_and_counted(tmp_path, c
     assert true and all(Path(sample.image_path).name == "b.jpg" and sample.masks.any() for sample in true)
     ((fault, count),) = data.redrawn.items()
     assert "paco_lvis_v1_train.json, annotation 10, segmentation: " in fault and count > 3
-    assert [record.getMessage() for record in caplog.records] == [f"{fault}: another picture is drawn instead"]
+    assert [record.getMessage() for record in caplog.records] == [f"{fault}: another image is drawn instead"]
     assert check(["--dataset_dir", str(tmp_path), "--dataset", "paco_lvis"]) == 2
     assert "annotation 10, segmentation: " in capsys.readouterr().out
     paco(tmp_path, lambda content: content["annotations"].pop(), segmentation)
-    with pytest.raises(ValueError, match="paco_lvis: 100 pictures in a row"):
+    with pytest.raises(ValueError, match="paco_lvis: 100 images in a row"):
         for seed in range(9):
             SemSegTraining(tmp_path, "paco_lvis").draw(np.random.default_rng(seed))
 
@@ -1145,20 +1145,20 @@ def put(part, number, **fields):
     [
         (lambda c: c.pop("images"), "its field 'images' must be a list, and it lacks it"),
         (lambda c: c.update(categories={"1": "cup"}), "its field 'categories' must be a list, found"),
-        (lambda c: c["images"].append("x"), r"images\[2\] has no id: 'x'"),
-        (lambda c: c["annotations"][0].pop("id"), r"annotations\[0\] has no id"),
+        (lambda c: c["images"].append("x"), r"images\[2\] must be an object .*found 'x'"),
+        (lambda c: c["annotations"][0].pop("id"), r"annotations\[0\] lacks the field 'id'"),
         (lambda c: c.update(annotations=[]), "has no annotations of its 2 images"),
-        (put("images", 1, id=0), r"images\[1\], id: 0 is there twice"),
-        (put("categories", 1, id=1), r"categories\[1\], id: 1 is there twice"),
-        (put("annotations", 1, id=10), r"annotations\[1\], id: 10 is there twice"),
-        (put("images", 0, id=[0]), r"images\[0\] has no id"),
-        (put("images", 0, id=True), r"images\[0\] has no id"),
+        (put("images", 1, id=0), r"images\[0\] and images\[1\] have the same id, 0"),
+        (put("categories", 1, id=1), r"categories\[0\] and categories\[1\] have the same id, 1"),
+        (put("annotations", 1, id=10), r"annotations\[0\] and annotations\[1\] have the same id, 10"),
+        (put("images", 0, id=[0]), r"images\[0\], id: must be a whole number or text"),
+        (put("images", 0, id=True), r"images\[0\], id: must be a whole number or text"),
         (put("images", 0, height="24"), "image 0, height: must be a whole number .*found '24'"),
         (put("images", 0, width=None), "image 0, width: must be a whole number"),
         (put("images", 0, width=NAN), "image 0, width: must be a whole number"),
         (put("images", 0, height=0.5), "image 0, height: must be a whole number"),
-        (put("images", 0, height=10**8, width=10**8), "image 0: 100000000 x 100000000 is no size of a picture"),
-        (put("images", 0, file_name=None), "image 0, file_name: must be a file name, found None"),
+        (put("images", 0, height=10**8, width=10**8), "image 0, height and width: 100000000 x 100000000 are more than"),
+        (put("images", 0, file_name=None), "image 0, file_name: must be the name of an image file, found None"),
         (put("annotations", 0, image_id=5), "annotation 10, image_id: there is no 5"),
         (put("annotations", 0, image_id="0"), "annotation 10, image_id: there is no '0'"),
         (put("annotations", 0, category_id=[1]), r"annotation 10, category_id: there is no \[1\]"),

@@ -449,7 +449,7 @@ def test_the_command_prints_and_writes_the_same_each_time(runs, tmp_path: Path):
 @pytest.mark.parametrize(
     "more, words",
     [(["--top", "-1"], "--top"), (["--resamples", "0"], "--resamples"), (["--resamples", "9" * 9], "1000000"),
-     (["--html", "{a}"], "directory")],
+     (["--html", "{a}"], "is a folder: --html")],
 )
 def test_errors_are_one_line(runs, more, words):
     with pytest.raises(SystemExit, match=words) as error:
@@ -472,7 +472,7 @@ def test_folders_that_hold_no_results_are_named(runs, tmp_path: Path):
 @pytest.mark.parametrize("content", ["<html>mine</html>", "", "notes"])
 def test_a_page_of_somebody_else_stays(runs, tmp_path: Path, content):
     (tmp_path / "page.html").write_text(content)
-    with pytest.raises(SystemExit, match="page.html is there, and this program did not write it"):
+    with pytest.raises(SystemExit, match="page.html exists and was not made by this command"):
         main([*map(str, runs), "--html", str(tmp_path / "page.html")])
     assert (tmp_path / "page.html").read_text() == content
 

@@ -85,7 +85,7 @@ def test_measured_scores_are_in_the_table_and_in_the_front_matter(model, tmp_pat
 def test_pictures_that_failed_are_not_hidden(model, tmp_path):
     result = {"dataset": "refcoco", "split": "val", "giou": 0.5, "ciou": 0.4, "see": None, "failed": [{"image_index": 3}] * 2}
     main([str(model), "--results", evaluation(tmp_path / "one", results=[result])])
-    assert "| refcoco val, 2 pictures failed and left out | answers forced | 50.0 | 40.0 |" in (model / "README.md").read_text()
+    assert "| refcoco val, 2 images failed and left out | answers forced | 50.0 | 40.0 |" in (model / "README.md").read_text()
 
 
 def test_scores_of_other_weights_are_refused(model, tmp_path):
@@ -155,7 +155,7 @@ def test_a_card_of_this_program_stays_unless_asked(model):
 def test_a_card_of_somebody_else_stays(model):
     (model / "README.md").write_text("mine")
     for more in ([], ["--overwrite"]):
-        with pytest.raises(SystemExit, match="README.md is there, and this program did not write it: move it away"):
+        with pytest.raises(SystemExit, match="README.md exists and was not made by this command: move it"):
             main([str(model), *more])
     assert (model / "README.md").read_text() == "mine"
 

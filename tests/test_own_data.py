@@ -574,7 +574,7 @@ def test_shapes_that_do_not_fit_their_picture(tmp_path, capsys):
     coco(tmp_path / "a.json", [note(0, cases[3][1]), note(1, image=1)], ("c.jpg", "d.jpg"))
     assert {tuple(sample.questions) for sample in draws(OwnTraining(tmp_path)) if all(sample.exists)} == {("red bag",)}
     coco(tmp_path / "a.json", [note(0, cases[3][1])], ("d.jpg",))
-    with pytest.raises(ValueError, match="100 pictures in a row have shapes that cover no pixel"):
+    with pytest.raises(ValueError, match="100 images in a row have shapes that cover no pixel"):
         OwnTraining(tmp_path).draw(np.random.default_rng(0))
 
 

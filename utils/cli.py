@@ -74,6 +74,14 @@ def positive(text: str) -> int:
     return number
 
 
+def split_name(entry: str) -> tuple[str, str]:
+    """(name, split) of an entry of --data, NAME|SPLIT; the name may be a path that holds a | itself."""
+    name, _, split = entry.rpartition("|")
+    if not name or not split:
+        raise ValueError(f"--data takes NAME|SPLIT, for example 'ReasonSeg|val', found {entry!r}")
+    return name, split
+
+
 class _SetImageLimit(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
         setattr(namespace, self.dest, values)
@@ -133,10 +141,23 @@ def check_max_new_tokens(version: str, max_new_tokens: int, vision_tower: str | 
         patches = (whole_number(vision["image_size"], "") // whole_number(vision["patch_size"], "")) ** 2
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
+    check_answer_length(max_new_tokens, positions, patches)
+
+
+def check_answer_length(max_new_tokens: int, positions: int, patches: int) -> None:
+    """Refuses answers that leave no room for a question.
+
+    Args:
+        positions: most tokens of the language model, those of image, question and answer together.
+        patches: tokens of an image.
+
+    Raises:
+        ValueError: with the longest answer that leaves room.
+    """
     if max_new_tokens >= positions - patches:
         raise ValueError(
-            f"--max_new_tokens {max_new_tokens} is too long for {version}, which has {positions} positions: the image takes "
-            f"{patches} of them, the question some; give fewer than {positions - patches}"
+            f"--max_new_tokens {max_new_tokens} leaves no room for a question: the model holds {positions} tokens, {patches} of "
+            f"them for an image; give less than {positions - patches}, by as many as a question has"
         )
 
 
@@ -170,7 +191,7 @@ def plain_errors(program: str) -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except BrokenPipeError:  # `... | head`: nobody reads on
+    except BrokenPipeError:  # of `... | head`, which has ended
         sys.stderr.close()
         os._exit(141)
     except (OSError, ValueError) as error:

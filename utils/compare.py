@@ -31,6 +31,7 @@ import numpy as np
 from utils.cli import plain_errors
 from utils.files import write_text
 from utils.metrics import UNKNOWN, Expression, Overlap, resampled_sums, summarize
+from utils.outputs import check_file
 from utils.prediction_log import read_finished
 from utils.predictions import expression, predictions_name
 from utils.scores import differences, read_results
@@ -77,15 +78,15 @@ def compare_folders(
         resamples, seed: of the bootstrap; the same seed gives the same intervals on every machine.
 
     Raises:
-        FileNotFoundError: a folder without results.json. FileExistsError: `html` is there and is no page of ours.
-        ValueError: a damaged one, no data set in common, bad numbers.
+        FileNotFoundError: a folder without results.json. IsADirectoryError: `html` is a folder.
+        ValueError: a damaged results.json, no data set in common, bad numbers, or `html` is there and is no page of ours.
     """
     if top < 0 or not 1 <= resamples <= MOST_RESAMPLES:
         raise ValueError(
             f"--top must be 0 or more and --resamples from 1 to {MOST_RESAMPLES}, found {top} and {resamples}"
         )
     if html is not None:
-        check_page(Path(html))
+        check_file(Path(html), "--html", GENERATOR)
     comparison = Comparison.of(read_run(Path(a)), read_run(Path(b)), resamples, seed)
     text = as_text(comparison)
     if html is not None:
@@ -95,20 +96,6 @@ def compare_folders(
         write_text(html, page(comparison, top))
         text += f"\nwritten: {html}"
     return text
-
-
-def check_page(file: Path) -> None:
-    """Refuses a file that a page would replace and that is no page of ours.
-
-    Raises:
-        FileExistsError: it is somebody's. ValueError: it is a folder.
-    """
-    if not file.exists() and not file.is_symlink():
-        return
-    if file.is_dir():
-        raise ValueError(f"{file} is a directory: give the name of a file for the page")
-    if not file.is_file() or GENERATOR.encode() not in file.read_bytes():
-        raise FileExistsError(f"{file} is there, and this program did not write it: move it away, or choose another name")
 
 
 # ------------------------------------------------------------------------------------------------ what is compared

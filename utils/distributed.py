@@ -262,7 +262,7 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def main_first(world: World, action: Callable[[], None]) -> None:
-    """Runs something on the main process alone; where it fails there, the other ranks end as well, without a word.
+    """Runs something on the main process alone; where it fails there, the other ranks end as well and print nothing.
 
     Raises:
         OSError, ValueError: on the main process, those of the action. SystemExit: on the others.

@@ -32,6 +32,7 @@ import torch
 from pycocotools import mask as coco
 from tqdm import tqdm
 
+from utils.cli import check_answer_length
 from utils.distributed import any_rank, gather_objects, shard
 from utils.metrics import IGNORE_PIXEL, Expression, count, summarize
 from utils.prediction_log import PredictionLog
@@ -132,9 +133,10 @@ def evaluate(
     if collate is None:
         from dataset.collate import collate  # here, not above: of `utils`, this function alone looks at `dataset`
     conv_type = conv_type or model.config.conv_type
-    room = model.config.llava.text_config.max_position_embeddings - (max_new_tokens if protocol == "generate" else 0)
+    room = model.config.llava.text_config.max_position_embeddings
     if protocol == "generate":
-        check_answer_length(max_new_tokens, model.config.llava.text_config.max_position_embeddings, model.config.num_patches)
+        check_answer_length(max_new_tokens, room, model.config.num_patches)
+        room -= max_new_tokens
     begin, was_training = time.monotonic(), model.training
     model.eval()
     kept = None
@@ -211,25 +213,6 @@ def evaluate(
         "compat": compat,
         "conv_type": conv_type,
     }
-
-
-def check_answer_length(max_new_tokens: int, positions: int, num_patches: int | None) -> None:
-    """Refuses answers that leave no room for a prompt.
-
-    Args:
-        positions: most tokens of the language model, those of prompt, image and answer together.
-        num_patches: tokens of an image, None if that is not known.
-
-    Raises:
-        ValueError: with the longest answer that leaves room.
-    """
-    room = positions - (num_patches or 0)
-    if max_new_tokens >= room:
-        image = "" if num_patches is None else f", {num_patches} of them for an image"
-        raise ValueError(
-            f"--max_new_tokens {max_new_tokens} leaves no room for a question: the model holds {positions} tokens{image}; give "
-            f"less than {room}, by as many as a question has"
-        )
 
 
 # ------------------------------------------------------------------------------------------------ one picture

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -116,14 +116,14 @@ def read_json(path: str | Path, cp1252: bool = False) -> Any:
     return parse_json(read_text(path, cp1252), str(path))
 
 
-def parse_json(text: str, name: str) -> Any:
-    """The value of a JSON text; `name` stands in the error, for example `file, line 3`.
+def parse_json(text: str, name: str, **options: Any) -> Any:
+    """The value of a JSON text; `name` stands in the error, for example `file, line 3`. `options` as for `json.loads`.
 
     Raises:
         ValueError: it is no JSON, or nested too deeply.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except RecursionError:
         raise ValueError(f"{name} is no usable JSON: its lists and objects are nested too deeply") from None
     except ValueError as error:  # JSONDecodeError, and int's limit on digits
@@ -161,6 +161,12 @@ def shown(value: Any, limit: int = 80) -> str:
     """A value as an error message shows it: its kind and its beginning."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({type(value).__name__})"
+
+
+def some_of(texts: Sequence[str], most: int = 5, mark: str = "; ") -> str:
+    """The first of many texts for a message, and how many more there are."""
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return mark.join([*texts[:most], *more])
 
 
 def whole_number(value: Any, name: str, at_least: int = 1, at_most: int = 10**9) -> int:

@@ -306,7 +306,7 @@ def _look(data: bytes, kind: str) -> Header:
 
 
 def _look_at_tiff(data: bytes) -> Header:
-    """Of the first image in the file. Its tags say what its numbers are, which no decoder minds."""
+    """Of the first image in the file. Its tags say what its numbers are; decoders ignore them."""
     tags, file = ImageFileDirectory_v2(data[: 16 if data[2:3] == b"+" or data[3:4] == b"+" else 8]), io.BytesIO(data)
     file.seek(tags.next)
     tags.load(file)

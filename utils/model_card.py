@@ -22,6 +22,7 @@ from utils.args import CONFIG_NAME, LOSS_FLAGS, TrainArgs
 from utils.cli import plain_errors
 from utils.files import as_object, read_object, whole_number, write_text
 from utils.metrics import summarize
+from utils.outputs import check_file
 from utils.prediction_log import read_finished
 from utils.predictions import expressions, predictions_name
 from utils.scores import read_results
@@ -60,23 +61,11 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     with plain_errors("model_card"):
         file = options.model / CARD
-        check_card(file, options.overwrite)
+        check_file(file, "MODEL", MARK)
+        if file.exists() and not options.overwrite:
+            raise FileExistsError(f"{file} is there already: keep it, or replace it with --overwrite")
         write_text(file, model_card(options.model, options.name, [measured(folder) for folder in options.results]))
         print(file)
-
-
-def check_card(file: Path, overwrite: bool) -> None:
-    """Refuses a card that is there, unless it is ours and may be replaced.
-
-    Raises:
-        FileExistsError: with what to do.
-    """
-    if not file.exists() and not file.is_symlink():
-        return
-    if not file.is_file() or MARK.encode() not in file.read_bytes():
-        raise FileExistsError(f"{file} is there, and this program did not write it: move it away first")
-    if not overwrite:
-        raise FileExistsError(f"{file} is there already: keep it, or replace it with --overwrite")
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -243,7 +232,7 @@ def scores(config: READConfig, evaluations: Sequence[dict[str, Any]], record: di
         for result in found["results"]:
             values = [f"{100 * result[metric]:.1f}" if result.get(metric) is not None else "" for metric in METRICS]
             failed = result.get("failed")
-            lost = f", {len(failed)} pictures failed and left out" if failed else ""
+            lost = f", {len(failed)} images failed and left out" if failed else ""
             data = f"{result['dataset']} {result['split']}{lost}"
             lines.append(" | ".join(["", data, protocol(found, config), *values, ""]).strip())
     if lines:

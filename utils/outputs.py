@@ -276,15 +276,15 @@ def _move_into(old: Path, new: Path) -> None:
     old.rmdir()
 
 
-def check_file(path: Path, flag: str) -> None:
-    """Refuses to overwrite a file that lacks our mark; PNG, PDF and SVG files can carry it (`FILE_MARK`).
+def check_file(path: Path, flag: str, mark: str = FILE_MARK) -> None:
+    """Refuses to overwrite a file that lacks our mark; PNG, PDF and SVG files can carry the default.
 
     Raises:
         NotOursError, IsADirectoryError: with the flag that names the file.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: {flag} takes the name of a file")
-    if os.path.lexists(path) and not (path.is_file() and FILE_MARK.encode() in path.read_bytes()):
+    if os.path.lexists(path) and not (path.is_file() and mark.encode() in path.read_bytes()):
         raise NotOursError(f"{path} exists and was not made by this command: move it, or give {flag} another name")
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import as_object, parse_json, read_object, read_text, shown, whole_file, write_json
-from utils.predictions import check_records, hash_of_lines, prediction_lines, read_records
+from utils.predictions import check_records, hash_of_lines, is_count, prediction_lines, read_records
 
 Record = dict[str, Any]
 AGAIN = "put the file back as it was, or measure again with --overwrite"
@@ -257,27 +257,23 @@ def settings_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.settings.json")
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= 10**9
-
-
 def _are_failures(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(entry, dict) and _is_count(entry.get("image_index")) and isinstance(entry.get("error"), str) for entry in value
+        isinstance(entry, dict) and is_count(entry.get("image_index")) and isinstance(entry.get("error"), str) for entry in value
     )
 
 
 def _is_written(value: Any) -> bool:
-    return isinstance(value, dict) and _is_count(value.get("records")) and isinstance(value.get("hash"), str)
+    return isinstance(value, dict) and is_count(value.get("records")) and isinstance(value.get("hash"), str)
 
 
 BESIDE: dict[str, Callable[[Any], bool]] = {
     "settings": lambda value: isinstance(value, dict),
     "failed": _are_failures,
-    "images_asked": _is_count,
-    "records": _is_count,
+    "images_asked": is_count,
+    "records": is_count,
     "hash": lambda value: isinstance(value, str),
-    "without_questions": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "without_questions": lambda value: isinstance(value, list) and all(map(is_count, value)),
     "items": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "replaces": lambda value: value is None or _is_written(value),
 }
@@ -290,7 +286,7 @@ def _is_text(value: Any) -> bool:
 
 SETTINGS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("dataset", "split", "protocol", "compat", "conv_type", "templates"), _is_text),
-    **dict.fromkeys(("images_in_split", "limit"), lambda value: value is None or _is_count(value)),
+    **dict.fromkeys(("images_in_split", "limit"), lambda value: value is None or is_count(value)),
     "sasp": lambda value: value is None or isinstance(value, dict),
 }
 """Settings that are read again, and what they may be."""
@@ -395,7 +391,7 @@ def _read_part(
             check_settings(part, as_object(entry.get("settings"), f"{where}, settings"), settings)
             continue
         index, item, records = entry.get("image_index"), entry.get("item"), entry.get("records")
-        if not _is_count(index) or not isinstance(records, list) or not _is_text(item):
+        if not is_count(index) or not isinstance(records, list) or not _is_text(item):
             raise ValueError(f"{where}: must be {{'image_index': ..., 'records': [...]}}, found {shown(entry)}; {AGAIN}")
         check_records(records, [f"{where}, record {n}" for n in range(len(records))])
         places = [(record["image_index"], record["question_index"]) for record in records]

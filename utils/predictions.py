@@ -25,7 +25,6 @@ The RLE loads in pycocotools as it is.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -40,7 +39,7 @@ from typing import IO, Any
 import numpy as np
 from pycocotools import mask as coco
 
-from utils.files import parse_json, read_text, shown
+from utils.files import parse_json, read_text, short_name, shown
 from utils.metrics import IGNORE_PIXEL, UNKNOWN, Expression, Overlap
 from utils.rle import MAX_PIXELS, RleError, check_all, checked
 from utils.say import say_score
@@ -115,7 +114,8 @@ def read_records(path: str | Path, lines: Sequence[tuple[int, str]]) -> list[dic
 # ------------------------------------------------------------------------------------------------ what a record is
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """True for a whole number of pixels, images or lines as JSON has it."""
     return type(value) is int and 0 <= value <= MAX_PIXELS
 
 
@@ -158,7 +158,7 @@ def _are_labels(value: Any) -> bool:
 
 FAR = 10**6
 """Pixels; the points of a mask lie less far out on average."""
-COUNT, TEXT, TRUTH = (_is_count, "a whole number, 0 or more"), (_is_text, "text"), (_is_truth, "true, false or null")
+COUNT, TEXT, TRUTH = (is_count, "a whole number, 0 or more"), (_is_text, "text"), (_is_truth, "true, false or null")
 NUMBER = (_is_number, "a number or null")
 REQUIRED = {
     "image_index": COUNT, "question_index": COUNT, "image": TEXT, "question": TEXT, "answer": TEXT, "exists": TRUTH,
@@ -245,15 +245,11 @@ def _sizes_fault(record: dict[str, Any]) -> str | None:
 def predictions_name(dataset: str, split: str) -> str:
     """Name of the predictions file of a data set; the name of own data is a path, of which letters and digits stay."""
     plain, split = (re.sub(r"[^\w.+-]+", "_", text).strip("_") for text in (dataset, split))
-    name = f"{plain}_{split}"
-    if len(name.encode()) > LONGEST_NAME:  # a file system takes 255 bytes
-        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        name = f"{name.encode()[:LONGEST_NAME].decode('utf-8', 'ignore')}_{digest}"
-    return f"predictions_{name}.jsonl"
+    return f"predictions_{short_name(f'{plain}_{split}', LONGEST_NAME)}.jsonl"
 
 
 LONGEST_NAME = 160
-"""Bytes of a data set's name in a file name, so that there is room for what stands around it."""
+"""Bytes of a data set's name in a file name, of 255 that a file system takes: there is more around it."""
 
 
 # ------------------------------------------------------------------------------------------------ records -> rows
@@ -398,13 +394,7 @@ def _all_shares(files: Sequence[Path]) -> list[Path]:
 
 def _read_share(file: Path) -> list[tuple[str, Any]]:
     """(image, entry) of one process's json; a name that is there twice stays there twice."""
-    text = read_text(file)
-    try:
-        entries = json.loads(text, object_pairs_hook=_Pairs)
-    except RecursionError:
-        raise ValueError(f"{file} is no usable JSON: its lists and objects are nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+    entries = parse_json(read_text(file), str(file), object_pairs_hook=_Pairs)
     if not isinstance(entries, _Pairs):
         raise ValueError(f"{file}: found a {type(entries).__name__}, not an object with an entry for each image")
     return list(entries)

@@ -27,7 +27,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 ONE_REQUEST_S = 0.5
 """What comes again within so many seconds is the same request, which `timeout` or a launcher passed on as well."""
 UNWIND_S = 5.0
-"""So long may the main thread take to end by itself; it may be waiting for another rank in code that hears no signal."""
+"""So long may the main thread take to end by itself; it may be waiting for another rank in code that handles no signal."""
 ORPHAN_S = 30.0
 """So long may a rank take to save after its launcher has gone."""
 LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "deepspeed.launcher.runner", "torchrun", "torch.distributed.run")
@@ -142,7 +142,7 @@ def exit_now(status: int) -> None:
 
 
 def _say(text: str) -> None:
-    """A line on stderr, also from within a signal handler; of several ranks the first speaks."""
+    """A line on stderr, also from within a signal handler; of several ranks only the first writes it."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, f"{text}\n".encode())

@@ -26,7 +26,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, check_max_new_tokens, load_model, plain_errors
+from utils.cli import (
+    DEFAULT_MODEL,
+    add_image_flags,
+    add_model_flags,
+    check_max_new_tokens,
+    load_model,
+    plain_errors,
+    split_name,
+)
 from utils.files import whole_file, whole_number, write_json, write_text
 from utils.outputs import FILE_MARK, OutputFolder, check_file
 
@@ -111,10 +119,7 @@ def analyse(options: argparse.Namespace) -> int:
             check_max_new_tokens(version, options.max_new_tokens, options.vision_tower)
     parts = []  # data first: a missing folder should be known before a large model is loaded
     for entry in options.data:
-        name, _, split = entry.rpartition("|")
-        if not name or not split:
-            raise ValueError(f"--data takes NAME|SPLIT, for example ReasonSeg|val; found {entry!r}")
-        samples = build_eval(name, split, options.dataset_dir, protocol=options.protocol)
+        samples = build_eval(*split_name(entry), options.dataset_dir, protocol=options.protocol)
         if options.limit is not None:
             samples = torch.utils.data.Subset(samples, range(min(options.limit, len(samples))))
         parts.append((entry, samples))

@@ -3,8 +3,8 @@
 Gradio serves far more than this page needs: files by path, fetching of addresses, uploads to disk, a proxy, recordings. Each has
 guards of its own; a route that is not there needs none. In particular every value that a client sends to Gradio may be a
 description of a file with a path or an address in it, which Gradio then opens or fetches. The page's own values are words,
-numbers and lists of them, so anything else is refused before Gradio sees it. So are a function and a session that do not exist,
-over which Gradio stumbles.
+numbers and lists of them, so anything else is refused before Gradio sees it. So are a function and a session that do not exist:
+Gradio answers them with a traceback.
 
     POST /picture      bytes of an image, header X-Picture-Name its name -> {"ticket": …}, for one event of the page
 
@@ -122,7 +122,7 @@ class Tickets:
         return (found.data, found.name) if found else None
 
     def sweep(self) -> None:
-        """Drops what nobody asked for in time."""
+        """Drops images that no event took in time."""
         with self._lock:
             for ticket in [key for key, one in self._waiting.items() if self.clock() - one.since >= self.idle_s]:
                 del self._waiting[ticket]
