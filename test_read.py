@@ -319,7 +319,15 @@ def natural(text: str) -> int:
 
 def reading_processes() -> int:
     """As many that read ahead as this process's share of the machine's cores feeds, leaving one to the model."""
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    return max(1, min(8, (os.cpu_count() or 1) // _local_processes() - 1))
+
+
+def _local_processes() -> int:
+    """Processes of this evaluation on this machine, from the variable that a launcher sets."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"LOCAL_WORLD_SIZE={text!r}: must be the number of processes on this machine; for one alone unset it")
+    return int(text)
 
 
 def name_of(value: Any) -> str:

@@ -553,7 +553,7 @@ def resume(args: TrainArgs, engine: Any, world: World, log: RunLog) -> dict[str,
         Means that are not logged yet: `recent`, since the last log line, and `whole`, of the epoch.
     """
     from utils.engine import load_checkpoint
-    from utils.files import read_json
+    from utils.files import as_object, read_json, shown
     from utils.runlog import Averages
 
     averages = {"recent": Averages(TERMS), "whole": Averages(TERMS)}
@@ -565,8 +565,11 @@ def resume(args: TrainArgs, engine: Any, world: World, log: RunLog) -> dict[str,
             for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_lr(), strict=True):
                 group.update(lr=lr, betas=(args.beta1, args.beta2))
         if (file := source / "ckpt_model" / f"step{engine.global_steps}" / AVERAGES_NAME).is_file():
-            for name, totals in read_json(file)[world.rank].items():
-                averages[name].restore(totals)
+            ranks = read_json(file)
+            if not isinstance(ranks, list) or len(ranks) != world.size:
+                raise ValueError(f"{file} must list sums of {world.size} processes, found {shown(ranks)}: delete it, go on")
+            for name, one in averages.items():
+                one.restore(as_object(ranks[world.rank], str(file)).get(name), f"{file}: {name}")
     return averages
 
 

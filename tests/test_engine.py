@@ -32,13 +32,13 @@ from model import (
     quantize_language_model,
     set_trainable,
 )
-from utils import distributed, stopping
+from utils import distributed, run_folder, stopping
 from utils import merge_lora as merge
 from utils.args import TrainArgs
 from utils.conversation import IMAGE_TOKEN_INDEX
 from utils.distributed import World
-from utils.engine import load_checkpoint
-from utils.runlog import RunLog, drop_records
+from utils.engine import load_checkpoint, reading_shards
+from utils.runlog import Averages, RunLog, drop_records
 
 pytestmark = needs_ckpt
 
@@ -880,3 +880,36 @@ def test_settings_of_a_run_are_read_with_a_byte_order_mark(tmp_path: Path) -> No
     text = (tmp_path / "config.json").read_bytes()
     (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + text)
     assert TrainArgs.load(tmp_path) == TrainArgs(lr=1, lora_r=4)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"tag": 3}', '{"tag": "step1", "ciou": "x"}', '{"tag": "step1", "measured_step": "2"}']
+)
+def test_a_damaged_record_of_the_best_checkpoint_stops_training_with_its_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "best.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"best\.json"):
+        run_folder.read_best(tmp_path)
+
+
+@pytest.mark.parametrize("totals", [None, 3, [], ["a", 1], [1], [1, True], [1, float("nan")], {"ce_loss": 1}])
+def test_sums_that_are_no_numbers_are_refused_with_their_file(totals: object) -> None:
+    with pytest.raises(ValueError, match=r"^averages\.json: recent: must be a list of 2 numbers"):
+        Averages(("loss",)).restore(totals, "averages.json: recent")
+
+
+def test_a_checkpoint_without_its_weights_is_named(tmp_path: Path) -> None:
+    (tmp_path / "step1").mkdir()
+    with pytest.raises(ValueError, match=r"step1 is not whole: it has no file \*model_states\.pt"), reading_shards(
+        tmp_path / "step1"
+    ):
+        pass
+
+
+def test_one_process_alone_needs_no_address_that_a_batch_script_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # so that they are put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
+    monkeypatch.setattr(distributed, "_make_group", lambda *_: None)
+    distributed._start_group(0, 1, 0, engine=True)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"

@@ -646,3 +646,10 @@ def test_a_prompt_that_does_not_fit_is_a_failed_picture(tmp_path: Path, tiny: tu
 def test_an_empty_split_of_nothing_is_no_score(tiny: tuple) -> None:
     model, processor = tiny
     assert math.isnan(evaluate(model, processor, [], progress=False)["giou"])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "", "1.5"])
+def test_a_number_of_processes_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
+    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE"):
+        test_read.reading_processes()

@@ -165,3 +165,10 @@ def test_the_lock_of_a_dead_process_is_awaited_while_its_workers_end(tmp_path):
     process.wait()
     with OutputFolder(tmp_path / "x", "train").lock():  # would raise
         pass
+
+
+def test_a_place_where_a_file_system_is_mounted_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(OSError, match="file system is mounted"), OutputFolder(tmp_path, "merge").replacement():
+        pytest.fail("it worked on a result that could not take its place")
+    assert list(tmp_path.iterdir()) == []

@@ -360,3 +360,14 @@ def test_curves_replace_only_curves(tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match="was not made by this command|is a folder"):
             plot.main([str(tmp_path), "--out", str(tmp_path / name)])
         assert content(tmp_path) == before
+
+
+@needs_ckpt
+def test_a_card_that_the_user_wrote_survives_a_second_merge(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    OutputFolder(places / "merged", "merge").mark()
+    (places / "merged/README.md").write_text("by hand", encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        merge.main([str(places / "run"), str(places / "merged"), "--overwrite"])
+    assert end.value.code == 2
+    assert "README.md is there, and this program did not write it" in capsys.readouterr().err
+    assert (places / "merged/README.md").read_text(encoding="utf-8") == "by hand"

@@ -104,6 +104,7 @@ def _start_group(rank: int, size: int, local_rank: int, engine: bool) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if size == 1:  # nobody else has to know the port: any free one, so that two runs on a machine do not collide
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # a batch script may have set one for other programs, which may not be reachable
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])

@@ -238,6 +238,8 @@ def reading_shards(folder: Path) -> Iterator[None]:
     os.environ.update(switches)
     try:
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            if not list(folder.glob("*model_states.pt")):
+                raise ValueError(f"{folder} is not whole: it has no file *model_states.pt; copy it again, or take another")
             for file in sorted(folder.glob("*.pt")):  # every process looks at every file, so that all of them stop
                 content = load_pickle(file)
                 field = "optimizer_state_dict" if file.name.endswith("optim_states.pt") else "module"

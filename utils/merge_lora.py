@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from utils.args import TrainArgs
 from utils.cli import plain_errors, torch_dtype
 from utils.files import read_object, shown, write_json, write_text
-from utils.model_card import CARD, MERGED_FROM, model_card
+from utils.model_card import CARD, MERGED_FROM, check_card, model_card
 from utils.outputs import MARKER, NotOursError, OutputFolder, remove
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def merge(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.run} trained the whole language model, which is no adapter: merge it into a model")
     out = output_folder(options, args)
     out.check(options.overwrite)
+    check_card(options.out / CARD, overwrite=True)  # a card written by hand is not ours to replace
 
     import torch
 

@@ -179,6 +179,9 @@ class OutputFolder:
         What else lies in the old folder moves into the new one.
         """
         target = Path(os.path.realpath(self.path))  # a link stays a link
+        if os.path.ismount(target):  # known before hours of work, not after
+            raise OSError(f"{self.path} is where a file system is mounted, so that no other folder can take its place: choose "
+                          "a new folder in it")  # fmt: skip
         target.parent.mkdir(parents=True, exist_ok=True)
         new, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("partial", "old"))
         new.mkdir()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.args import CONFIG_NAME, FIXED, TrainArgs
-from utils.files import read_object, write_json, write_text
+from utils.files import read_object, shown, whole_number, write_json, write_text
 from utils.outputs import MARKER, OutputFolder, remove
 
 if TYPE_CHECKING:
@@ -172,9 +172,21 @@ def write_settings(args: TrainArgs, model: READForCausalLM, world: World, step: 
 
 
 def read_best(run: Path) -> dict[str, Any] | None:
-    """The record of the best checkpoint so far."""
+    """The record of the best checkpoint so far.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     file = run / "best.json"
-    return read_object(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    record = read_object(file)
+    ciou = record.get("ciou")
+    if not isinstance(record.get("tag"), str) or not (ciou is None or type(ciou) in (int, float)):
+        raise ValueError(f"{file} must hold the tag of a checkpoint, and as ciou a number or null, found {shown(record)}: "
+                         "delete it, then go on")  # fmt: skip
+    whole_number(record.get("measured_step", 0), f"{file}: measured_step", at_least=0)
+    return record
 
 
 def write_best(run: Path, record: dict[str, Any]) -> None:

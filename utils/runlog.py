@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from utils.args import CONFIG_NAME
-from utils.files import read_jsonl, read_object, write_text
+from utils.files import read_jsonl, read_object, shown, write_text
 
 SHOWN = 20
 """So many kinds of broken samples are told at the end, the rest is counted."""
@@ -201,8 +201,16 @@ class Averages:
         """Sums, then counts: what ranks add up."""
         return [*self._sums.values(), *map(float, self._counts.values())]
 
-    def restore(self, totals: Sequence[float]) -> None:
-        """Takes up what `totals` gave in a run that was cut off."""
+    def restore(self, totals: Any, where: str) -> None:
+        """Takes up what `totals` gave in a run that was cut off.
+
+        Raises:
+            ValueError: it is something else; the message begins with `where`.
+        """
+        wanted = 2 * len(self.names)
+        are_numbers = isinstance(totals, list) and all(type(n) in (int, float) and math.isfinite(n) for n in totals)
+        if not are_numbers or len(totals) != wanted:
+            raise ValueError(f"{where}: must be a list of {wanted} numbers, found {shown(totals)}: delete the file, then go on")
         self._sums = dict(zip(self.names, totals[: len(self.names)], strict=True))
         self._counts = {name: int(n) for name, n in zip(self.names, totals[len(self.names) :], strict=True)}
 
