@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.args import check_sasp
 from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, load_model, one_line, plain_errors, positive
 from utils.files import read_object, write_json
 
@@ -111,6 +112,8 @@ class Stopped(SystemExit):
 
 def run(options: argparse.Namespace) -> int:
     """What the command line asks for."""
+    if options.compare and (options.cmd == "metrics" or options.predictions):
+        raise ValueError("--compare, and --cmd metrics with its --predictions, exclude each other: give one of the two")
     if options.compare:
         from utils.compare import compare_folders
 
@@ -162,7 +165,9 @@ def stopped_by_signals() -> Iterator[None]:
 
 def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
     """Measures the data sets (name, split) one after the other; each is on disk as soon as it is done."""
-    options.version = options.version or DEFAULT_MODEL
+    if options.version is None:  # "" is a mistake, which loading names
+        options.version = DEFAULT_MODEL
+    check_sasp(options)
     if options.protocol == "generate":
         check_answer_length(options)
     import torch

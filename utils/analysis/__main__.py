@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import DEFAULT_MODEL, add_image_flags, add_model_flags, check_max_new_tokens, load_model, plain_errors
 from utils.files import whole_file, whole_number, write_json, write_text
-from utils.outputs import FILE_MARK, OutputFolder, check_file
+from utils.outputs import FILE_MARK, OutputFolder, check_file, check_writable
 
 if TYPE_CHECKING:
     from .study import Study
@@ -106,6 +106,7 @@ def analyse(options: argparse.Namespace) -> int:
     out.check(overwrite=True)  # an earlier report is replaced
     if options.figure:
         check_file(options.figure, "--figure")
+        check_writable(options.figure.parent, "--figure")
     for version, _ in models:
         if options.protocol == "generate":
             check_max_new_tokens(version, options.max_new_tokens, options.vision_tower)
