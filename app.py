@@ -27,7 +27,15 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import DEFAULT_MODEL, add_model_flags, limit_images, load_model, plain_errors, positive
+from utils.cli import (
+    DEFAULT_MODEL,
+    add_model_flags,
+    check_max_new_tokens,
+    limit_images,
+    load_model,
+    plain_errors,
+    positive,
+)
 
 if TYPE_CHECKING:
     from utils.page.desk import Limits
@@ -118,7 +126,10 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises:
         OSError: the port is taken, or the address is not ours.
+        ValueError: the host is empty, which would mean every address of this machine.
     """
+    if not host.strip():
+        raise ValueError("--host is empty: give an address, 0.0.0.0 for all of this machine")
     return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
@@ -139,6 +150,9 @@ def build(options: argparse.Namespace) -> Any:
     from utils.page.layout import style, takes, theme
 
     hosts = host_names(options.host, options.allowed_hosts)  # quick, unlike what follows
+    check_max_new_tokens(
+        DEFAULT_MODEL if options.version is None else options.version, options.max_new_tokens, options.vision_tower
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor = READPredictor(*load_model(options, device), options.conv_type)
     room = predictor.model.config.llava.text_config.max_position_embeddings - predictor.processor.num_patches

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.args import check_sasp
 from utils.cli import (
     DEFAULT_MODEL,
     add_image_flags,
@@ -123,6 +124,8 @@ class Stopped(SystemExit):
 
 def run(options: argparse.Namespace) -> int:
     """What the command line asks for."""
+    if options.compare and (options.cmd == "metrics" or options.predictions):
+        raise ValueError("--compare, and --cmd metrics with its --predictions, exclude each other: give one of the two")
     if options.compare:
         from utils.compare import compare_folders
 
@@ -174,7 +177,9 @@ def stopped_by_signals() -> Iterator[None]:
 
 def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
     """Measures the data sets (name, split) one after the other; each is on disk as soon as it is done."""
-    options.version = options.version or DEFAULT_MODEL
+    if options.version is None:  # "" is a mistake, which loading names
+        options.version = DEFAULT_MODEL
+    check_sasp(options)
     if options.protocol == "generate" and Path(options.version).is_dir():  # of the hub, it is known once the model is loaded
         check_max_new_tokens(options.version, options.max_new_tokens, options.vision_tower)
     import torch

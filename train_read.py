@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import run_folder
-from utils.args import TrainArgs, parse_flags
+from utils.args import TrainArgs, check_sasp, parse_flags
 from utils.cli import limit_images, plain_errors, torch_dtype
 from utils.stopping import Stopped, Stopping, name_of, quiet_worker
 
@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         from model import get_preset
         from utils import distributed
 
-        args = TrainArgs.resolve(given, get_preset(given["preset"]) if given.get("preset") else None)
+        args = TrainArgs.resolve(given, get_preset(given["preset"]) if "preset" in given else None)
+        check_sasp(args)
         if args.max_megapixels is not None:
             limit_images(args.max_megapixels)
         if args.dry_run:

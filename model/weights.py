@@ -62,6 +62,8 @@ def resolve_folder(path: str | Path) -> Path:
     Raises:
         CheckpointError: it is a file, or there is no such folder or repository.
     """
+    if not str(path).strip():
+        raise CheckpointError("the name of a model (--version) or tower (--vision_tower) is empty: give its folder or hub id")
     folder = Path(path)
     if folder.is_dir():
         return folder

@@ -20,7 +20,7 @@ import pytest
 from conftest import pytest_terminal_summary
 
 from utils.args import REMOVED, TrainArgs, parse_flags
-from utils.cli import check_max_new_tokens
+from utils.cli import add_model_flags, check_max_new_tokens, load_model, positive
 from utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -391,3 +391,54 @@ def test_a_config_without_usable_sizes_is_left_to_loading(tmp_path: Path, positi
         json.dumps({"llava": {"text_config": {"max_position_embeddings": positions}, "vision_config": {}}}), encoding="utf-8"
     )
     check_max_new_tokens(str(folder), 10**6)
+
+
+SASP_THAT_FITS_NO_MODEL = [
+    ["--num_points", "0"], ["--num_points", "-1"], ["--num_points", "1" + "0" * 20], ["--down_sample", "0"],
+    ["--t_pos", "nan"], ["--t_pos", "1.5"], ["--t_pos", "0"], ["--t_neg", "-1"], ["--t_neg", "1"], ["--t_neg", "inf"],
+    ["--t_pos", "0.2", "--t_neg", "0.8"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", SASP_THAT_FITS_NO_MODEL)
+def test_sasp_flags_that_fit_no_model_are_refused_before_one_is_loaded(flags: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    with pytest.raises((SystemExit, ValueError), match="2|SasP needs"):
+        load_model(parser.parse_args([*flags, "--version", "/no/such/model"]), device=None)  # which would be a CheckpointError
+
+
+@pytest.mark.parametrize("flag", [
+    "--ce_loss_weight=-1", "--num_points=0", "--t_neg=nan", "--t_pos=2", "--max_megapixels=10000000000", "--seed=4294967296",
+    "--lr=-1", "--lora_dropout=1", "--lora_alpha=0", "--beta1=1", "--max_steps=0", "--time_limit_s=-1", "--preset=",
+])  # fmt: skip
+def test_training_refuses_such_flags_before_it_opens_anything(flag: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    main = importlib.import_module("train_read").main
+    with pytest.raises(SystemExit) as end:
+        main([flag, "--version", str(tmp_path), "--dataset_dir", str(tmp_path), "--log_base_dir", str(tmp_path / "runs")])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(said) == 1, said
+    assert str(tmp_path) not in said[0]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "", "1.5", "1" + "0" * 20])
+def test_a_count_must_be_a_whole_number_that_nothing_overflows(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number from 1 to"):
+        positive(text)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words", "told"),
+    [
+        ("test_read", ["--version", ""], "--version"),
+        ("test_read", ["--compare", "a", "b", "--cmd", "metrics"], "exclude each other"),
+        ("app", ["--host", ""], "--host is empty"),
+    ],
+)
+def test_flags_that_say_nothing_or_two_things_are_refused(
+    entry: str, words: list[str], told: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(entry).main([*words, *(["--out", str(tmp_path / "out")] if entry == "test_read" else [])])
+    assert end.value.code == 2
+    assert told in capsys.readouterr().err

@@ -13,6 +13,7 @@ from utils.files import (
     read_jsonl,
     read_object,
     short_name,
+    shown,
     whole_file,
     whole_number,
     write_json,
@@ -152,3 +153,36 @@ def test_a_short_name_has_few_bytes_and_tells_long_ones_apart(text):
     assert len(short.encode("utf-8", "surrogatepass")) <= 120
     assert (short == text) == (len(text.encode("utf-8", "surrogatepass")) <= 120)
     assert short == text or short != short_name(text + "x")
+
+
+@pytest.mark.parametrize(
+    "value", [5, "a", "a\0b", None, [], (), (1,), (1, 2), {}, {"a": [1, {"b": ()}], 2: None}, [1.5, True], {1, 2}, b"a"]
+)
+def test_a_short_value_is_shown_as_python_writes_it(value):
+    assert shown(value) == repr(value)
+
+
+def nested(times, how):
+    value = ["a" * 10]
+    for _ in range(times):
+        value = how(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "begins"),
+    [
+        (nested(5000, lambda value: [value]), "[[["), (nested(5000, lambda value: (value,)), "((("),
+        (nested(5000, lambda value: {"k": value}), "{'k': {'k'"), (nested(40, lambda value: [value] * 10), "[[["),
+        (10**5000, "a number of 16610 bits"), ([1, 10**5000], "[1, a number of"),
+    ],
+    ids=["lists", "tuples", "objects", "lists of ten", "a number", "a number in a list"],
+)  # fmt: skip
+def test_a_value_without_end_is_shown_at_once(value, begins):
+    assert shown(value).startswith(begins) and len(shown(value)) < 110
+
+
+def test_a_list_that_holds_itself_is_shown():
+    value = [1]
+    value.append(value)
+    assert shown(value).startswith("[1, [1, [1, ")

@@ -21,6 +21,8 @@ from typing import Any
 from utils.files import write_json
 
 CONFIG_NAME = "config.json"
+LARGEST = 2**32
+"""Above all whole numbers of flags. NumPy takes no larger seed."""
 
 REMOVED = {
     "use_mm_start_end": "<im_start> and <im_end> belong to every READ checkpoint and are always used",
@@ -183,6 +185,20 @@ class TrainArgs:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 complaints.append(f"--{name} must be a finite number, found {value}")
+        for name in ("lr", *(f"{name}_loss_weight" for name in LOSS_FLAGS)):
+            if getattr(self, name) < 0:
+                complaints.append(f"--{name} must not be negative, found {getattr(self, name)}")
+        for name in ("lora_dropout", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                complaints.append(f"--{name} must be 0 or more and less than 1, found {getattr(self, name)}")
+        for name in ("max_steps", "time_limit_s"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                complaints.append(f"--{name} must be above 0, found {getattr(self, name)}")
+        if self.lora_alpha < 1:
+            complaints.append(f"--lora_alpha must be at least 1, found {self.lora_alpha}: LoRA would learn nothing")
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and value >= LARGEST:  # it would overflow where it is used, long after the start
+                complaints.append(f"--{name} must be less than {LARGEST}, found {value}")
         if self.seed < 0:
             complaints.append(f"--seed must not be negative, found {self.seed}")
         name = os.path.normpath(self.exp_name)
@@ -339,6 +355,18 @@ def configure_sasp(config: Any, flags: Any) -> None:
     """Puts the SasP flags that were given, attributes of `flags`, into a model's READConfig."""
     given = {"enabled": flags.sasp} | {name: getattr(flags, name) for name in SASP_FLAGS}
     config.sasp = dataclasses.replace(config.sasp, **{k: v for k, v in given.items() if v is not None})
+
+
+def check_sasp(flags: Any) -> None:
+    """Refuses SasP flags that fit no model, before one is loaded; thresholds that only the model's own contradicts come later.
+
+    Raises:
+        ValueError: a value is out of range, or `t_neg` is not below `t_pos`.
+    """
+    from model.config import SaspConfig
+
+    given = {name: getattr(flags, name) for name in SASP_FLAGS if getattr(flags, name) is not None}
+    SaspConfig(**{"t_pos": 1.0, "t_neg": 0.0, **given})
 
 
 def build_parser(settings: type, description: str) -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from utils.args import configure_sasp
+from utils.args import check_sasp, configure_sasp
 
 if TYPE_CHECKING:
     from model import READForCausalLM, READProcessor
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 DEFAULT_MODEL = "assets/read-mini-base"
 IMAGE_LIMIT, MAX_MEGAPIXELS = "READ_MAX_MEGAPIXELS", 178
 """The environment variable that says how large an image may be, and what holds without it: Pillow's limit."""
+LARGEST = 10**9
+"""No count that a flag says is larger: it would overflow where it is used."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -46,10 +48,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--conv_type", choices=("llava_v1", "vicuna_v1"), help="wording of the system prompt")
     sasp = parser.add_argument_group("SasP: unless given, as the checkpoint was trained")
     sasp.add_argument("--sasp", action=argparse.BooleanOptionalAction, help="off: the [SEG] token alone, SESAME's path")
-    sasp.add_argument("--num_points", type=int, help="K, points a mask")
+    sasp.add_argument("--num_points", type=positive, help="K, points a mask")
     sasp.add_argument("--t_pos", type=float, help="similarity from which on a point is foreground")
     sasp.add_argument("--t_neg", type=float, help="similarity up to which a point is background")
-    sasp.add_argument("--down_sample", type=int, help="averaging of the token grid before points are chosen")
+    sasp.add_argument("--down_sample", type=positive, help="averaging of the token grid before points are chosen")
     sasp.add_argument("--geometry", choices=("released", "exact"), help="place of the points")
 
 
@@ -67,10 +69,13 @@ def limit_images(megapixels: int) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
+    """A whole number from 1 to a billion, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {LARGEST}, found {text!r}")
     return number
 
 
@@ -98,6 +103,7 @@ def load_model(options: argparse.Namespace, device: Any) -> tuple[READForCausalL
     from model.checkpoint import note_on_points
 
     version = DEFAULT_MODEL if options.version is None else options.version  # "" is a mistake, not the default
+    check_sasp(options)
     processor = READProcessor.from_pretrained(version, vision_tower=options.vision_tower)
     model = READForCausalLM.from_pretrained(
         version,

@@ -167,7 +167,7 @@ def latest_tag(folder: Path) -> str:
     """
     if not has_checkpoint(folder):
         raise FileNotFoundError(f"nothing to resume in {folder}: it has no file `{LATEST}`")
-    tag = read_latest(folder)
+    tag = read_text(folder / LATEST).strip()
     if tag in (".", "..") or "/" in tag or "\\" in tag or not tag.isprintable():
         raise ValueError(f"{folder / LATEST} must name a folder beside it, found {shown(tag)}")
     if not (folder / tag).is_dir():

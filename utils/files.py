@@ -158,9 +158,38 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """A value as an error message shows it: its kind and its beginning."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}... ({type(value).__name__})"
+    """A value as an error message shows it: its kind and its beginning.
+
+    No more is made of it than is shown. `repr` of a small pickle, whose lists hold each other many times over, has no end, and
+    that of deep lists is a RecursionError.
+    """
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > limit:
+            return f"{text[:limit]}... ({type(value).__name__})"
+    return text
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """`repr` of a value from left to right."""
+    kind = type(value)
+    if kind in (list, tuple, dict):
+        start, end = {list: "[]", tuple: "()", dict: "{}"}[kind]
+        yield start
+        for number, entry in enumerate(value):
+            yield ", " if number else ""
+            yield from _pieces(entry)
+            if kind is dict:
+                yield ": "
+                yield from _pieces(value[entry])
+        yield f",{end}" if kind is tuple and len(value) == 1 else end
+    elif kind is str:
+        yield repr(value) if value.isprintable() else ascii(value)
+    elif kind is int and value.bit_length() > 10_000:  # `repr` refuses more than 4300 digits
+        yield f"a number of {value.bit_length()} bits"
+    else:
+        yield repr(value)
 
 
 def some_of(texts: Sequence[str], most: int = 5, mark: str = "; ") -> str:

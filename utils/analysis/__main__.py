@@ -36,7 +36,7 @@ from utils.cli import (
     split_name,
 )
 from utils.files import whole_file, whole_number, write_json, write_text
-from utils.outputs import FILE_MARK, OutputFolder, check_file
+from utils.outputs import FILE_MARK, OutputFolder, check_file, check_writable
 
 if TYPE_CHECKING:
     from .study import Study
@@ -114,6 +114,7 @@ def analyse(options: argparse.Namespace) -> int:
     out.check(overwrite=True)  # an earlier report is replaced
     if options.figure:
         check_file(options.figure, "--figure")
+        check_writable(options.figure.parent, "--figure")
     for version, _ in models:
         if options.protocol == "generate":
             check_max_new_tokens(version, options.max_new_tokens, options.vision_tower)
