@@ -39,6 +39,7 @@ from utils.cli import (
     split_name,
 )
 from utils.files import write_json
+from utils.stopping import SIGNALS
 
 if TYPE_CHECKING:
     from model import READForCausalLM
@@ -150,7 +151,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the block with `Stopped`, exit status 130 and 143, as a shell expects it.
+    """Ctrl-C, SIGTERM and SIGUSR1 end the block with `Stopped`, exit status 128 + the signal's number, as a shell expects it.
 
     `READ_DEBUG=1` keeps the traceback.
     """
@@ -160,10 +161,10 @@ def stopped_by_signals() -> Iterator[None]:
         raise KeyboardInterrupt
 
     received: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread, where no signal arrives either
-        before = None
+    before: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives either
+        for number in set(SIGNALS) - {signal.SIGINT}:
+            before[number] = signal.signal(number, stop)
     try:
         yield
     except KeyboardInterrupt:
@@ -171,8 +172,8 @@ def stopped_by_signals() -> Iterator[None]:
             raise
         raise Stopped(128 + (received[0] if received else signal.SIGINT)) from None
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
