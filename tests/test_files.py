@@ -13,6 +13,7 @@ from utils.files import (
     read_jsonl,
     read_object,
     short_name,
+    some_of,
     whole_file,
     whole_number,
     write_json,
@@ -152,3 +153,10 @@ def test_a_short_name_has_few_bytes_and_tells_long_ones_apart(text):
     assert len(short.encode("utf-8", "surrogatepass")) <= 120
     assert (short == text) == (len(text.encode("utf-8", "surrogatepass")) <= 120)
     assert short == text or short != short_name(text + "x")
+
+
+@pytest.mark.parametrize(
+    "count, told", [(0, ""), (1, "0"), (2, "0; 1"), (3, "0; 1; and 1 more")]
+)
+def test_of_many_texts_the_first_are_told_and_the_rest_counted(count: int, told: str) -> None:
+    assert some_of([str(n) for n in range(count)], most=2) == told
