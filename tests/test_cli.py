@@ -20,7 +20,7 @@ import pytest
 from conftest import pytest_terminal_summary
 
 from utils.args import REMOVED, TrainArgs, parse_flags
-from utils.cli import add_model_flags, check_max_new_tokens, load_model, positive
+from utils.cli import add_model_flags, check_max_new_tokens, load_model, positive, split_name
 from utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -356,6 +356,17 @@ def test_skipped_tests_are_counted_by_reason(tmp_path: Path) -> None:
     pytest_terminal_summary(SimpleNamespace(stats={"skipped": reports}, write_line=lines.append))
     pytest_terminal_summary(SimpleNamespace(stats={}, write_line=lines.append))
     assert lines == ["2 skipped: no GPU", "1 skipped: no Chromium"]
+
+
+@pytest.mark.parametrize("entry, pair", [("ReasonSeg|val", ("ReasonSeg", "val")), ("a|b|val", ("a|b", "val"))])
+def test_the_split_stands_behind_the_last_bar(entry: str, pair: tuple[str, str]) -> None:
+    assert split_name(entry) == pair
+
+
+@pytest.mark.parametrize("entry", ["ReasonSeg", "|val", "ReasonSeg|", ""])
+def test_an_entry_without_name_or_split_is_refused(entry: str) -> None:
+    with pytest.raises(ValueError, match="NAME.SPLIT, for example"):
+        split_name(entry)
 
 
 # ------------------------------------------------------------------------------------------------ answers that cannot fit

@@ -14,6 +14,7 @@ from utils.files import (
     read_object,
     short_name,
     shown,
+    some_of,
     whole_file,
     whole_number,
     write_json,
@@ -186,3 +187,10 @@ def test_a_list_that_holds_itself_is_shown():
     value = [1]
     value.append(value)
     assert shown(value).startswith("[1, [1, [1, ")
+
+
+@pytest.mark.parametrize(
+    "count, told", [(0, ""), (1, "0"), (2, "0; 1"), (3, "0; 1; and 1 more")]
+)
+def test_of_many_texts_the_first_are_told_and_the_rest_counted(count: int, told: str) -> None:
+    assert some_of([str(n) for n in range(count)], most=2) == told
