@@ -369,5 +369,5 @@ def test_a_card_that_the_user_wrote_survives_a_second_merge(places: Path, capsys
     with pytest.raises(SystemExit) as end:
         merge.main([str(places / "run"), str(places / "merged"), "--overwrite"])
     assert end.value.code == 2
-    assert "README.md is there, and this program did not write it" in capsys.readouterr().err
+    assert "README.md exists and was not made by this command" in capsys.readouterr().err
     assert (places / "merged/README.md").read_text(encoding="utf-8") == "by hand"

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 from utils.args import TrainArgs
 from utils.cli import plain_errors, torch_dtype
 from utils.files import read_object, shown, write_json, write_text
-from utils.model_card import CARD, MERGED_FROM, check_card, model_card
-from utils.outputs import MARKER, NotOursError, OutputFolder, remove
+from utils.model_card import CARD, MERGED_FROM, model_card
+from utils.model_card import MARK as CARD_MARK
+from utils.outputs import MARKER, NotOursError, OutputFolder, check_file, remove
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,10 @@ log = logging.getLogger("utils.merge_lora")  # __name__ is __main__ here
 
 SHARDS = "ckpt_model"
 """The folder of DeepSpeed's checkpoints in a run."""
+
+
+NO_FOLDER = ("", ".", "..")
+"""Names that mean no checkpoint, but ckpt_model itself or the run."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,7 +85,7 @@ def merge(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.run} trained the whole language model, which is no adapter: merge it into a model")
     out = output_folder(options, args)
     out.check(options.overwrite)
-    check_card(options.out / CARD, overwrite=True)  # a card written by hand is not ours to replace
+    check_file(options.out / CARD, "OUT", CARD_MARK)  # a card written by hand is not ours to replace
 
     import torch
 
@@ -198,11 +203,11 @@ def checkpoint_folder(run: Path, tag: str) -> Path:
     name: Any = tag
     if tag == "best":
         name = read_object(run / "best.json").get("tag", "") if (run / "best.json").is_file() else None
-        if name is not None and (not isinstance(name, str) or Path(name).name != name):
+        if name is not None and (not isinstance(name, str) or name in NO_FOLDER or Path(name).name != name):
             raise ValueError(f"{run / 'best.json'}: tag must name a folder of {root}, found {shown(name)}")
     elif tag == "last":
         name = latest_tag(root) if has_checkpoint(root) else None
-    if name is None or Path(name).name != name or not (root / name).is_dir():
+    if name in (None, *NO_FOLDER) or Path(name).name != name or not (root / name).is_dir():
         there = sorted(p.name for p in root.glob("*") if p.is_dir()) or ["none"]
         raise FileNotFoundError(f"{run} has no checkpoint {tag!r}; in {root} there are: {', '.join(there)}")
     return root / name

@@ -40,7 +40,7 @@ FILE_MARK = "READ made this file and may replace it"
 OWN_FILES: dict[str, tuple[str, ...]] = {
     "train": (
         r"config\.json", r"trainable\.txt", r"log\.jsonl", r"events\.out\.tfevents\..*", r"best\.json", r"skipped\.jsonl",
-        r"wandb", r"curves\.png", r"ckpt_model/step\d+", r"ckpt_model/step\d+\.partial", r"ckpt_model/latest",
+        r"wandb(_id)?", r"curves\.png", r"ckpt_model/step\d+", r"ckpt_model/step\d+\.partial", r"ckpt_model/latest",
         r"ckpt_model/zero_to_\w+\.py",  # DeepSpeed puts it there
     ),
     "merge": (
@@ -245,7 +245,7 @@ class OutputFolder:
             os.kill(record["pid"], 0)
         except ProcessLookupError:
             return False
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             pass
         return True
 
