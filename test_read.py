@@ -178,8 +178,10 @@ def stopped_by_signals() -> Iterator[None]:
 
 def inference(options: argparse.Namespace, pairs: list[tuple[str, str]]) -> int:
     """Measures the data sets (name, split) one after the other; each is on disk as soon as it is done."""
-    if options.version is None:  # "" is a mistake, which loading names
+    if options.version is None:
         options.version = DEFAULT_MODEL
+    elif not options.version.strip():  # an unset variable of a shell is not the default
+        raise ValueError("--version is empty: give the folder or the hub id of a model")
     check_sasp(options)
     if options.protocol == "generate" and Path(options.version).is_dir():  # of the hub, it is known once the model is loaded
         check_max_new_tokens(options.version, options.max_new_tokens, options.vision_tower)

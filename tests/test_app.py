@@ -759,7 +759,7 @@ def test_a_port_that_is_taken_and_a_model_that_is_not_there_are_one_line(tmp_pat
         for typed, words in (
             (["--version", str(tmp_path / "no_model")], "app.py: .*does not exist"),
             (["--allowed_hosts", "http://a.b"], "app.py: --allowed_hosts http://a.b: must be a name"),
-            (["--max_new_tokens", "5000"], "app.py: --max_new_tokens 5000: behind an image the model holds at most 1904"),
+            (["--max_new_tokens", "5000"], "app.py: --max_new_tokens 5000 leaves no room for a question"),
         ):
             with pytest.raises(SystemExit, match=words) as ended:
                 app.main(["--port", "0", *typed])

@@ -423,7 +423,6 @@ def test_a_cache_that_is_a_file_is_named(tmp_path: Path, no_model: None) -> None
     [
         ("4096", "--max_new_tokens 4096 leaves no room for a question: the model holds"),
         ("100000", "--max_new_tokens 100000 leaves no room for a question: the model holds"),
-        ("9" * 30, "--max_new_tokens: must be a whole number from 1 to 1000000000, found 9{30}"),
     ],
 )
 def test_answers_beyond_the_positions_are_refused_before_anything_is_read(
