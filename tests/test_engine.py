@@ -913,3 +913,14 @@ def test_one_process_alone_needs_no_address_that_a_batch_script_set(monkeypatch:
     monkeypatch.setattr(distributed, "_make_group", lambda *_: None)
     distributed._start_group(0, 1, 0, engine=True)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(("given", "seconds"), [({}, 45), ({"MASTER_ADDR": "node1"}, 300), ({"READ_RENDEZVOUS_S": "7"}, 7)])
+def test_processes_wait_longer_where_a_launcher_says_where_to_meet(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], seconds: int
+) -> None:
+    for name in ("MASTER_ADDR", "READ_RENDEZVOUS_S"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._rendezvous_limit().total_seconds() == seconds

@@ -101,6 +101,7 @@ def start(engine: bool) -> World:
 
 
 def _start_group(rank: int, size: int, local_rank: int, engine: bool) -> None:
+    limit = _rendezvous_limit()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if size == 1:  # nobody else has to know the port: any free one, so that two runs on a machine do not collide
@@ -111,7 +112,6 @@ def _start_group(rank: int, size: int, local_rank: int, engine: bool) -> None:
     address, port = os.environ["MASTER_ADDR"], os.environ.setdefault("MASTER_PORT", "29500")
     if not address.strip() or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"MASTER_ADDR={address!r}, MASTER_PORT={port!r}: must be a host and a port, the same for all processes")
-    limit = _rendezvous_limit()
     meeting = f"process {rank} of {size}, at MASTER_ADDR:MASTER_PORT {address}:{port}"
     failed = (
         f"the {size} processes did not meet within {limit.total_seconds():g} s (READ_RENDEZVOUS_S); this is {meeting}. Start "
@@ -154,8 +154,11 @@ def _tell(text: str) -> None:
 
 
 def _rendezvous_limit() -> datetime.timedelta:
-    """READ_RENDEZVOUS_S, 300 seconds unless it is set."""
-    text = os.environ.get("READ_RENDEZVOUS_S", "300")
+    """READ_RENDEZVOUS_S; unless it is set, 300 seconds, or 45 without MASTER_ADDR.
+
+    A launcher sets MASTER_ADDR. Without it all processes were started by hand on this machine, if there are others at all.
+    """
+    text = os.environ.get("READ_RENDEZVOUS_S", "300" if "MASTER_ADDR" in os.environ else "45")
     try:
         limit = datetime.timedelta(seconds=float(text))
     except (ValueError, OverflowError):
