@@ -108,7 +108,7 @@ class Batches:
                 skipped.append(str(error))
                 continue
             if skipped:
-                sample.meta["skipped"] = skipped
+                sample.meta["skipped"] = [*skipped, *sample.meta.get("skipped", ())]
             return sample
         if self.attempts == 1:
             raise BrokenDataError(f"{skipped[0]} (--strict; without it, this sample is skipped and counted)")

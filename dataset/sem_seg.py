@@ -286,13 +286,15 @@ class SemSegTraining:
     def draw(self, rng: np.random.Generator) -> Sample:
         """What a random picture shows (85 %), or what it does not, denied (7 %) or corrected (8 %).
 
-        A picture that shows nothing, and one whose annotation cannot be drawn, is drawn anew; the latter is counted in
-        `redrawn` and told the first time. (The original draws another set too, which changes their shares.)
+        An image that shows nothing, and one whose annotation cannot be drawn, is drawn anew. The latter is counted in `redrawn`,
+        told the first time, and named in the sample's `meta["skipped"]`, so that a run counts it. (The original draws another set
+        too, which changes their shares.)
 
         Raises:
             FileNotFoundError, ValueError: a picture is missing or damaged, or has another size than its masks.
         """
         source, mode = self.source, MODES[rng.choice(len(MODES), p=MODE_SHARES)]
+        skipped: list[str] = []
         for _ in range(100):
             content = source.content(int(rng.integers(len(source))), rng)
             present = choose(content.present, self.k, rng)
@@ -310,6 +312,7 @@ class SemSegTraining:
                     masks = np.stack([mask() for _, mask in present])
             except DrawingError as error:
                 self._count(error)
+                skipped.append(str(error))
                 continue
             break
         else:
@@ -332,7 +335,7 @@ class SemSegTraining:
             masks=masks,
             exists=[mode == "true"] * len(asked),
             questions=asked,
-            meta={"dataset": self.name, "split": "train", "mode": mode},
+            meta={"dataset": self.name, "split": "train", "mode": mode} | ({"skipped": skipped} if skipped else {}),
         )
 
     def _count(self, error: DrawingError) -> None:

@@ -1127,6 +1127,7 @@ def test_annotations_that_cannot_be_drawn_are_drawn_anew_and_counted(tmp_path, c
     assert true and all(Path(sample.image_path).name == "b.jpg" and sample.masks.any() for sample in true)
     ((fault, count),) = data.redrawn.items()
     assert "paco_lvis_v1_train.json, annotation 10, segmentation: " in fault and count > 3
+    assert sum((sample.meta.get("skipped", []) for sample in samples), []) == [fault] * count  # a run counts them by these
     assert [record.getMessage() for record in caplog.records] == [f"{fault}: another image is drawn instead"]
     assert check(["--dataset_dir", str(tmp_path), "--dataset", "paco_lvis"]) == 2
     assert "annotation 10, segmentation: " in capsys.readouterr().out
